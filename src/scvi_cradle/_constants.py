@@ -1,0 +1,39 @@
+"""Names of registry entries and of the columns that the package writes."""
+
+from typing import NamedTuple
+
+
+class _RegistryKeys(NamedTuple):
+    """Keys of the tensors that a data loader yields (beside those of scvi-tools)."""
+
+    PERTURBATION: str = "perturbation"
+    DOSAGE: str = "dosage"
+    ARTIFACT: str = "artifact"
+
+
+class _Columns(NamedTuple):
+    """Columns of the AnnData objects that the package returns."""
+
+    PERTURBATION: str = "perturbation"
+    PERTURBATION_OBSERVED: str = "perturbation_observed"
+    ARTIFACT: str = "artifact"
+    SEEN: str = "seen"
+
+
+class _QCFlags(NamedTuple):
+    """Criteria of :func:`scvi_cradle.pp.qc_label`; the flag of criterion ``c`` is ``obs["qc_" + c]``."""
+
+    TOTAL_COUNTS: str = "total_counts"
+    N_GENES: str = "n_genes"
+    PCT_MT: str = "pct_mt"
+    PCT_RIBO: str = "pct_ribo"
+    PCT_HB: str = "pct_hb"
+    DOUBLET: str = "doublet"
+
+
+KEYS = _RegistryKeys()
+COLUMNS = _Columns()
+QC_CRITERIA = _QCFlags()
+QC_UNS_KEY = "qc_label"
+CONTROL_UNS_KEY = "control"
+COUNTS_PER_CELL = 1e4

@@ -1,0 +1,76 @@
+"""Sparse-aware helpers on count matrices: nothing of size cells x genes is made dense here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+
+from scvi_cradle._validation import check_key
+
+
+def get_matrix(adata: AnnData, layer: str | None) -> Any:
+    """Return ``adata.X`` or ``adata.layers[layer]`` as it is stored (dense, sparse, backed or dask)."""
+    if layer is None:
+        if adata.X is None:
+            msg = "The AnnData must hold counts; received `X=None`: name the layer with the counts, e.g. `layer='counts'`."
+            raise ValueError(msg)
+        return adata.X
+    check_key(adata.layers, layer, "adata.layers", "layer")
+    return adata.layers[layer]
+
+
+def iter_blocks(matrix: Any, block_size: int = 4096) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield ``(first row, block)`` with CSR blocks of at most ``block_size`` rows, from any storage."""
+    n_rows = matrix.shape[0]
+    if sp.issparse(matrix) and matrix.format == "csc":
+        matrix = matrix.tocsr()
+    for start in range(0, n_rows, block_size):
+        block = matrix[start : min(start + block_size, n_rows)]
+        if hasattr(block, "compute"):
+            block = block.compute()
+        yield start, sp.csr_matrix(block)
+
+
+def to_csr(matrix: Any) -> sp.csr_matrix:
+    """Return ``matrix`` as one CSR matrix; a CSR matrix is returned as it is, without a copy."""
+    if isinstance(matrix, sp.csr_matrix):
+        return matrix
+    if sp.issparse(matrix):
+        return sp.csr_matrix(matrix)
+    blocks = [block for _, block in iter_blocks(matrix)]
+    return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(matrix.shape)
+
+
+def counts_problem(matrix: Any) -> str | None:
+    """Return what keeps ``matrix`` from being raw counts (NaN, infinity, negative, fractional), or ``None``."""
+    for _, block in iter_blocks(matrix):
+        values = block.data
+        if values.dtype.kind in "biu":
+            if values.dtype.kind == "i" and values.size and values.min() < 0:
+                return "negative values"
+            continue
+        if not np.isfinite(values).all():
+            return "NaN or infinite values"
+        if (values < 0).any():
+            return "negative values"
+        if (values != np.round(values)).any():
+            return "fractional values"
+    return None
+
+
+def check_counts(matrix: Any, where: str) -> None:
+    """Raise ``ValueError`` unless every value is a finite non-negative integer."""
+    problem = counts_problem(matrix)
+    if problem is not None:
+        msg = f"{where} must hold raw counts; received {problem}: pass the layer that holds the counts, e.g. `layer='counts'`."
+        raise ValueError(msg)
+
+
+def row_sums(matrix: Any) -> np.ndarray:
+    """Return the sum of every row in float64."""
+    sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]
+    return np.concatenate(sums) if sums else np.zeros(0)
