@@ -100,20 +100,20 @@ class LabelTable:
         Canonical labels; a cell's code is an index into them.
     treatments
         Sorted treatments, the columns of ``dosage``.
-    dosage
-        Array of shape ``(n_labels, n_treatments)``; the row of the control is zero.
+    members
+        For every label the positions of its treatments; empty for the control.
     """
 
     labels: tuple[str, ...]
     treatments: tuple[str, ...]
-    dosage: np.ndarray
+    members: tuple[tuple[int, ...], ...]
 
     @classmethod
     def from_labels(cls, labels: Iterable[str], rule: LabelRule) -> LabelTable:
         """Build the table of canonical ``labels`` (sorted) with the treatments that occur in them."""
         names = tuple(sorted(set(labels)))
         treatments = tuple(sorted({t for label in names for t in rule.treatments(label)}))
-        return cls(names, treatments, dosage_rows(names, treatments, rule))
+        return cls(names, treatments, label_members(names, treatments, rule))
 
     def extend(self, labels: Iterable[str], rule: LabelRule) -> LabelTable:
         """Append new combinations of known treatments; codes of known labels stay.
@@ -123,11 +123,49 @@ class LabelTable:
         ValueError
             If a label holds a treatment that is not in the table.
         """
-        new = tuple(dict.fromkeys(label for label in labels if label not in set(self.labels)))
+        known = set(self.labels)
+        new = tuple(dict.fromkeys(label for label in labels if label not in known))
         if not new:
             return self
-        rows = dosage_rows(new, self.treatments, rule)
-        return LabelTable(self.labels + new, self.treatments, np.concatenate([self.dosage, rows]))
+        members = label_members(new, self.treatments, rule)
+        return LabelTable(self.labels + new, self.treatments, self.members + members)
+
+    @property
+    def dosage(self) -> np.ndarray:
+        """Dosage of every label, shape ``(n_labels, n_treatments)``, float32; the row of the control is zero."""
+        dosage = np.zeros((len(self.labels), len(self.treatments)), dtype=np.float32)
+        for row, columns in enumerate(self.members):
+            dosage[row, list(columns)] = 1.0
+        return dosage
+
+    def padded_members(self) -> np.ndarray:
+        """Return ``members`` as an int64 array of shape ``(n_labels, largest combination)``, filled up with -1."""
+        width = max([1, *map(len, self.members)])
+        padded = np.full((len(self.labels), width), -1, dtype=np.int64)
+        for row, columns in enumerate(self.members):
+            padded[row, : len(columns)] = columns
+        return padded
+
+
+def label_members(labels: Sequence[str], treatments: Sequence[str], rule: LabelRule) -> tuple[tuple[int, ...], ...]:
+    """Return for every label the positions of its treatments in ``treatments``.
+
+    Raises
+    ------
+    ValueError
+        If a label holds an unknown treatment; the message names near matches.
+    """
+    column = {t: i for i, t in enumerate(treatments)}
+    members = []
+    for label in labels:
+        parts = rule.treatments(label)
+        for treatment in parts:
+            if treatment not in column:
+                hint = near_matches(treatment, treatments) or f" (known: {preview(treatments)})"
+                msg = f"Perturbations must be made of treatments seen in training; received {label!r}, and {treatment!r} is unknown{hint}."
+                raise ValueError(msg)
+        members.append(tuple(column[t] for t in parts))
+    return tuple(members)
 
 
 def dosage_rows(labels: Sequence[str], treatments: Sequence[str], rule: LabelRule) -> np.ndarray:
@@ -138,16 +176,7 @@ def dosage_rows(labels: Sequence[str], treatments: Sequence[str], rule: LabelRul
     ValueError
         If a label holds an unknown treatment; the message names near matches.
     """
-    column = {t: i for i, t in enumerate(treatments)}
-    dosage = np.zeros((len(labels), len(treatments)), dtype=np.float32)
-    for row, label in enumerate(labels):
-        for treatment in rule.treatments(label):
-            if treatment not in column:
-                hint = near_matches(treatment, treatments) or f" (known: {preview(treatments)})"
-                msg = f"Perturbations must be made of treatments seen in training; received {label!r}, and {treatment!r} is unknown{hint}."
-                raise ValueError(msg)
-            dosage[row, column[treatment]] = 1.0
-    return dosage
+    return LabelTable(tuple(labels), tuple(treatments), label_members(labels, treatments, rule)).dosage
 
 
 def canonical_labels(values: pd.Series, rule: LabelRule) -> pd.Categorical:
