@@ -1,0 +1,20 @@
+"""From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
+
+from scvi_cradle.data._fields import ArtifactField, DosageField, PerturbationField, label_rule, label_table
+from scvi_cradle.data._setup import SetupArguments, build_manager, check_query
+from scvi_cradle.data._splits import split_indices
+from scvi_cradle.data._statistics import TrainingStatistics, training_statistics
+
+__all__ = [
+    "ArtifactField",
+    "DosageField",
+    "PerturbationField",
+    "SetupArguments",
+    "TrainingStatistics",
+    "build_manager",
+    "check_query",
+    "label_rule",
+    "label_table",
+    "split_indices",
+    "training_statistics",
+]

@@ -1,0 +1,279 @@
+"""Registration: everything is checked before the first field is registered."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager, fields
+
+from scvi_cradle._constants import KEYS
+from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
+from scvi_cradle._matrix import check_counts, get_matrix, row_sums
+from scvi_cradle._qc import association_table
+from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
+from scvi_cradle.data._fields import (
+    ARTIFACT_REMEDY,
+    ArtifactField,
+    DosageField,
+    MuDataArtifactField,
+    MuDataDosageField,
+    MuDataPerturbationField,
+    PerturbationField,
+    dosage_labels,
+    dosage_matrix,
+    dosage_names,
+)
+
+
+@dataclass(frozen=True)
+class SetupArguments:
+    """Arguments of ``setup_anndata`` and ``setup_mudata`` (see ``CradleVAE.setup_anndata``)."""
+
+    model: str
+    perturbation_key: str | None
+    perturbation_obsm_key: str | None
+    rule: LabelRule
+    layer: str | None
+    artifact_key: str | None
+    batch_key: str | None
+    categorical_covariate_keys: list[str] | None
+    continuous_covariate_keys: list[str] | None
+    unused: dict[str, Any]
+    modality: str | None = None
+    needs_artifact: bool = True
+
+    @property
+    def obs_keys(self) -> dict[str, str]:
+        """Columns of ``obs`` that the arguments name, by argument."""
+        named = {"perturbation_key": self.perturbation_key, "artifact_key": self.artifact_key, "batch_key": self.batch_key}
+        keys = {argument: key for argument, key in named.items() if key is not None}
+        for argument in ("categorical_covariate_keys", "continuous_covariate_keys"):
+            keys |= {f"{argument}[{i}]": key for i, key in enumerate(getattr(self, argument) or [])}
+        return keys
+
+
+def build_manager(
+    data: AnnData | MuData,
+    arguments: SetupArguments,
+    setup_method_args: dict[str, Any],
+    source_registry: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> AnnDataManager:
+    """Check ``data`` against ``arguments``, register the fields and return the manager.
+
+    Raises
+    ------
+    KeyError
+        If a key is not found.
+    ValueError
+        For everything else that must not be trained on; nothing has been written by then.
+    """
+    cells = _cells(data, arguments)
+    if source_registry is None:
+        _check_arguments(arguments)
+        check_setup(cells, arguments)
+    else:
+        check_query(cells, source_registry)
+    manager = AnnDataManager(fields=_fields(data, arguments), setup_method_args=setup_method_args)
+    manager.register_fields(data, source_registry=source_registry, **kwargs)
+    return manager
+
+
+def _cells(data: AnnData | MuData, arguments: SetupArguments) -> AnnData:
+    """Return the AnnData with the counts; for MuData a copy of its frame that also knows the global columns."""
+    if isinstance(data, AnnData):
+        return data
+    if not isinstance(data, MuData):
+        msg = f"The data must be an AnnData (or a MuData for `setup_mudata`); received {type(data).__name__}."
+        raise TypeError(msg)
+    if arguments.modality not in data.mod:
+        msg = f"`modalities['rna']` must be a modality of the MuData; received {arguments.modality!r} (it holds {preview(data.mod)})."
+        raise KeyError(msg)
+    rna = data.mod[arguments.modality]
+    if rna.n_obs != data.n_obs:
+        msg = f"Every cell must have expression; received {rna.n_obs} of {data.n_obs} cells in {arguments.modality!r}: subset the MuData."
+        raise ValueError(msg)
+    obs = pd.concat([rna.obs, data.obs.loc[:, [c for c in data.obs if c not in rna.obs]].loc[rna.obs_names]], axis=1)
+    joint = AnnData(X=rna.X, obs=obs, var=rna.var)
+    for key, layer in rna.layers.items():
+        joint.layers[key] = layer
+    for key, matrix in rna.obsm.items():
+        joint.obsm[key] = matrix
+    joint.uns.update(rna.uns)
+    return joint
+
+
+def _fields(data: AnnData | MuData, a: SetupArguments) -> list[Any]:
+    is_mudata = isinstance(data, MuData)
+
+    def field(plain: Any, wrapped: Any, *args: Any, key: str | None = None, **kw: Any) -> Any:
+        if not is_mudata:
+            return plain(*args, **kw)
+        in_rna = key is None or key in data.mod[a.modality].obs
+        return wrapped(*args, mod_key=a.modality if in_rna else None, **kw)
+
+    key = a.perturbation_key or str(a.perturbation_obsm_key)
+    x = field(fields.LayerField, fields.MuDataLayerField, REGISTRY_KEYS.X_KEY, a.layer, is_count_data=False, correct_data_format=False)
+    anndata_fields = [
+        x,
+        field(PerturbationField, MuDataPerturbationField, key, a.rule, a.perturbation_obsm_key, key=a.perturbation_key),
+        field(
+            fields.CategoricalObsField,
+            fields.MuDataCategoricalObsField,
+            REGISTRY_KEYS.BATCH_KEY,
+            a.batch_key,
+            key=a.batch_key,
+        ),
+        field(
+            fields.CategoricalJointObsField,
+            fields.MuDataCategoricalJointObsField,
+            REGISTRY_KEYS.CAT_COVS_KEY,
+            a.categorical_covariate_keys,
+        ),
+        field(
+            fields.NumericalJointObsField,
+            fields.MuDataNumericalJointObsField,
+            REGISTRY_KEYS.CONT_COVS_KEY,
+            a.continuous_covariate_keys,
+        ),
+    ]
+    if a.artifact_key is not None:
+        anndata_fields.append(field(ArtifactField, MuDataArtifactField, a.artifact_key, key=a.artifact_key))
+    if a.perturbation_obsm_key is not None:
+        anndata_fields.append(field(DosageField, MuDataDosageField, a.perturbation_obsm_key))
+    return anndata_fields
+
+
+def _check_arguments(a: SetupArguments) -> None:
+    for argument, value in a.unused.items():
+        if value is not None:
+            msg = f"{a.model} does not use `{argument}`; received {value!r}: leave it out."
+            raise ValueError(msg)
+    if (a.perturbation_key is None) == (a.perturbation_obsm_key is None):
+        received = "both" if a.perturbation_key is not None else "neither"
+        msg = f"Pass either `perturbation_key` (labels) or `perturbation_obsm_key` (dosages); received {received}."
+        raise ValueError(msg)
+    if a.needs_artifact and a.artifact_key is None:
+        msg = f"{a.model} needs `artifact_key`, a column that marks cells that failed QC; received None: {ARTIFACT_REMEDY}."
+        raise ValueError(msg)
+
+
+def check_setup(adata: AnnData, a: SetupArguments) -> None:
+    """Check everything that a model needs to train on ``adata``; nothing is written."""
+    if adata.is_view:
+        msg = "The AnnData must not be a view, since set-up adds columns to it; received a view: call `adata = adata.copy()` first."
+        raise ValueError(msg)
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        msg = f"The AnnData must hold cells and genes; received shape {adata.shape}."
+        raise ValueError(msg)
+    check_unique_names(adata.var_names, "Gene")
+    for argument, key in a.obs_keys.items():
+        check_key(adata.obs, key, "adata.obs", argument)
+    _check_covariates(adata, a)
+    labels = _check_labels(adata, a)
+    flags = _check_flags(adata, a)
+    matrix = get_matrix(adata, a.layer)
+    where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
+    check_counts(matrix, where)
+    empty = int((row_sums(matrix) == 0).sum())
+    if empty:
+        _warn(f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets.")
+    if flags is not None:
+        _warn_confounded(labels, flags, a.rule.control_name)
+
+
+def _check_covariates(adata: AnnData, a: SetupArguments) -> None:
+    for key in [a.batch_key, *(a.categorical_covariate_keys or [])]:
+        if key is not None and adata.obs[key].isna().any():
+            msg = f"`obs[{key!r}]` must name a category for every cell; received {int(adata.obs[key].isna().sum())} missing values: fill or drop them."
+            raise ValueError(msg)
+    for key in a.continuous_covariate_keys or []:
+        column = adata.obs[key]
+        if not pd.api.types.is_numeric_dtype(column) or not np.isfinite(column.to_numpy(dtype=float)).all():
+            msg = f"`obs[{key!r}]` must be numeric and finite to serve as continuous covariate; received dtype {column.dtype} with missing or infinite values or text."
+            raise ValueError(msg)
+
+
+def _check_labels(adata: AnnData, a: SetupArguments) -> pd.Categorical:
+    if a.perturbation_obsm_key is None:
+        labels = canonical_labels(adata.obs[a.perturbation_key], a.rule)
+        check_has_control(labels, a.rule, f"`obs[{a.perturbation_key!r}]`")
+        if len(labels.categories) == 1:
+            msg = f"At least one cell must be perturbed; received only controls in `obs[{a.perturbation_key!r}]`."
+            raise ValueError(msg)
+        return labels
+    key = a.perturbation_obsm_key
+    check_key(adata.obsm, key, "adata.obsm", "perturbation_obsm_key")
+    names = dosage_names(adata, key)
+    bad = [n for n in names if not n.strip() or n in a.rule.control or (a.rule.sep is not None and a.rule.sep in n)]
+    if bad or len(set(names)) < len(names):
+        msg = f"Columns of `obsm[{key!r}]` must be unique treatment names without {a.rule.sep!r} and without control; received {preview(bad or names)}."
+        raise ValueError(msg)
+    dosage = dosage_matrix(adata, key)
+    if not np.isfinite(dosage.data).all() or (dosage.data < 0).any():
+        msg = f"`obsm[{key!r}]` must hold finite non-negative dosages; received NaN, infinite or negative values."
+        raise ValueError(msg)
+    labels = dosage_labels(adata, key, a.rule)
+    if a.rule.control_name not in labels.categories:
+        msg = f"At least one cell must be a control, an all-zero row of `obsm[{key!r}]`; received none."
+        raise ValueError(msg)
+    return labels
+
+
+def _check_flags(adata: AnnData, a: SetupArguments) -> np.ndarray | None:
+    if a.artifact_key is None:
+        return None
+    flags = as_flags(adata.obs[a.artifact_key], f"`obs[{a.artifact_key!r}]`", ARTIFACT_REMEDY)
+    if flags.all():
+        msg = f"At least one cell must have passed QC; received `obs[{a.artifact_key!r}]` with True (= failed) for all {len(flags)} cells."
+        raise ValueError(msg)
+    if not flags.any():
+        _warn(f"No cell failed QC in `obs[{a.artifact_key!r}]`: the model trains without the counterfactual term and learns no artifact.")
+    return flags
+
+
+def _warn_confounded(labels: pd.Categorical, flags: np.ndarray, control: str) -> None:
+    table = association_table(labels, flags, control)
+    names = list(table.index[table["confounded"].astype(bool)])
+    if names:
+        _warn(
+            f"QC failure goes with the perturbation for {preview(names)}: removing the 'artifact' there removes biology; "
+            "see `scvi_cradle.pp.qc_report`."
+        )
+
+
+def check_query(adata: AnnData, registry: dict[str, Any]) -> None:
+    """Check that a query has the genes of training in their order, and counts.
+
+    Raises
+    ------
+    ValueError
+        If genes are missing, added or reordered, or if the values are not counts.
+    """
+    x_registry = registry["field_registries"][REGISTRY_KEYS.X_KEY]
+    trained = [str(g) for g in x_registry["state_registry"]["column_names"]]
+    names = [str(g) for g in adata.var_names]
+    if names != trained:
+        missing, extra = sorted(set(trained) - set(names)), sorted(set(names) - set(trained))
+        if missing:
+            what = f"{len(missing)} missing genes ({preview(missing, 3)})"
+        else:
+            what = f"{len(extra)} further genes ({preview(extra, 3)})" if extra else "another order"
+        msg = f"A query must have the genes of training in their order; received {what}: subset with `adata[:, model.get_var_names()].copy()`."
+        raise ValueError(msg)
+    layer = x_registry["data_registry"]["attr_key"]
+    check_counts(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
+    if KEYS.ARTIFACT in registry["field_registries"]:
+        key = registry["field_registries"][KEYS.ARTIFACT]["state_registry"]["original_key"]
+        check_key(adata.obs, key, "adata.obs", "artifact_key")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=6)

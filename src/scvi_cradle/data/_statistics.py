@@ -1,0 +1,184 @@
+"""What a model learns from training cells outside gradient descent: counts, moments, library sizes, reference profiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+
+from scvi_cradle._constants import KEYS
+from scvi_cradle._matrix import to_csr
+
+MAX_LIBRARIES = 10_000
+MAX_REFERENCE_CELLS = 1_000
+
+
+@dataclass(frozen=True)
+class TrainingStatistics:
+    """Statistics of the training cells.
+
+    Parameters
+    ----------
+    input_mean, input_std
+        Moments of ``log(1 + x)`` per gene, shape ``(n_genes,)``; the standard deviation of a constant gene is 1.
+    gene_share
+        Share of all counts that falls on each gene, shape ``(n_genes,)``.
+    n_obs_per_treatment, n_obs_per_label
+        Training cells with a non-zero dosage of each treatment, and of each label.
+    n_failed, n_failed_per_label
+        Training cells that failed QC.
+    libraries
+        A sample of at most 10,000 training cells per batch and flag: arrays ``total``, ``artifact``, ``batch``,
+        ``categorical``, ``continuous`` and ``weight`` (cells that a row stands for).
+    reference_labels, reference_profiles
+        Codes of the labels with failed training cells, and their gene-wise medians (or means) of counts as CSR.
+    pools
+        Failed training cells of each of these labels (at most 1,000, a seeded sample), as CSR.
+    """
+
+    input_mean: np.ndarray
+    input_std: np.ndarray
+    gene_share: np.ndarray
+    n_obs_per_treatment: np.ndarray
+    n_obs_per_label: np.ndarray
+    n_failed: int
+    n_failed_per_label: np.ndarray
+    libraries: dict[str, np.ndarray]
+    reference_labels: np.ndarray
+    reference_profiles: sp.csr_matrix
+    pools: tuple[sp.csr_matrix, ...]
+
+
+def training_statistics(
+    manager: AnnDataManager,
+    train_indices: np.ndarray,
+    *,
+    members: np.ndarray,
+    n_treatments: int,
+    statistic: str = "median",
+    seed: int = 0,
+) -> TrainingStatistics:
+    """Compute the statistics of the training cells in one pass over blocks of rows.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    train_indices
+        Positions of the training cells.
+    members
+        Treatments of every label, padded with -1, shape ``(n_labels, width)``.
+    n_treatments
+        Number of treatments.
+    statistic
+        ``"median"`` or ``"mean"``: how the failed cells of a label make its reference profile.
+    seed
+        Seed of the samples of libraries and of pools above 1,000 cells.
+    """
+    rng = np.random.default_rng(seed)
+    matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
+    flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
+    mean, std, share, totals = _moments(matrix, train_indices)
+    n_labels = len(members)
+    failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
+    labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng)
+    return TrainingStatistics(
+        input_mean=mean,
+        input_std=std,
+        gene_share=share,
+        n_obs_per_treatment=_treatment_counts(manager, train_indices, codes, members, n_treatments),
+        n_obs_per_label=np.bincount(codes, minlength=n_labels),
+        n_failed=int(failed.sum()),
+        n_failed_per_label=np.bincount(codes[failed], minlength=n_labels),
+        libraries=_libraries(manager, train_indices, totals, failed, rng),
+        reference_labels=labels,
+        reference_profiles=profiles,
+        pools=pools,
+    )
+
+
+def column(manager: AnnDataManager, key: str) -> np.ndarray:
+    """Return a registered column as a flat array."""
+    return np.asarray(manager.get_from_registry(key)).ravel()
+
+
+def _rows(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
+    """Return rows of any storage as CSR; backed storage wants sorted positions."""
+    order = np.argsort(indices, kind="stable")
+    block = to_csr(matrix[indices[order]])
+    return block[np.argsort(order, kind="stable")]
+
+
+def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096) -> tuple[np.ndarray, ...]:
+    n_genes = matrix.shape[1]
+    first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
+    for start in range(0, len(indices), block_size):
+        block = _rows(matrix, indices[start : start + block_size]).astype(np.float64)
+        totals.append(np.asarray(block.sum(axis=1)).ravel())
+        counts += np.asarray(block.sum(axis=0)).ravel()
+        block.data = np.log1p(block.data)
+        first += np.asarray(block.sum(axis=0)).ravel()
+        block.data **= 2
+        second += np.asarray(block.sum(axis=0)).ravel()
+    n = len(indices)
+    mean = first / n
+    variance = np.maximum(second - n * mean**2, 0.0) / max(n - 1, 1)
+    std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
+    return mean, std, counts / max(counts.sum(), 1.0), np.concatenate(totals)
+
+
+def _treatment_counts(
+    manager: AnnDataManager, indices: np.ndarray, codes: np.ndarray, members: np.ndarray, n_treatments: int
+) -> np.ndarray:
+    if KEYS.DOSAGE in manager.data_registry:
+        dosage = manager.get_from_registry(KEYS.DOSAGE)
+        values = dosage.to_numpy() if isinstance(dosage, pd.DataFrame) else dosage
+        return np.asarray((sp.csr_matrix(values)[indices] != 0).sum(axis=0)).ravel()
+    treated = members[codes].ravel()
+    return np.bincount(treated[treated >= 0], minlength=n_treatments)
+
+
+def _libraries(
+    manager: AnnDataManager, indices: np.ndarray, totals: np.ndarray, failed: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    batch = column(manager, REGISTRY_KEYS.BATCH_KEY).astype(np.int64)[indices]
+    kept, weight = [], []
+    for group in np.unique(np.stack([batch, failed], axis=1), axis=0):
+        rows = np.flatnonzero((batch == group[0]) & (failed == group[1]))
+        chosen = rows if len(rows) <= MAX_LIBRARIES else np.sort(rng.choice(rows, MAX_LIBRARIES, replace=False))
+        kept.append(chosen)
+        weight.append(np.full(len(chosen), len(rows) / len(chosen)))
+    rows = np.concatenate(kept)
+    pool = {"total": totals[rows], "artifact": failed[rows], "batch": batch[rows], "weight": np.concatenate(weight)}
+    for name, key in (("categorical", REGISTRY_KEYS.CAT_COVS_KEY), ("continuous", REGISTRY_KEYS.CONT_COVS_KEY)):
+        if key in manager.data_registry:
+            pool[name] = np.asarray(manager.get_from_registry(key))[indices][rows]
+    return pool
+
+
+def _references(
+    matrix: Any,
+    indices: np.ndarray,
+    codes: np.ndarray,
+    failed: np.ndarray,
+    statistic: str,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, sp.csr_matrix, tuple[sp.csr_matrix, ...]]:
+    labels, profiles, pools = np.unique(codes[failed]), [], []
+    for label in labels:
+        rows = np.flatnonzero(failed & (codes == label))
+        if len(rows) > MAX_REFERENCE_CELLS:
+            rows = np.sort(rng.choice(rows, MAX_REFERENCE_CELLS, replace=False))
+        pool = _rows(matrix, indices[rows])
+        dense = pool.toarray()
+        profile = np.median(dense, axis=0) if statistic == "median" else dense.mean(axis=0)
+        profiles.append(sp.csr_matrix(profile.astype(np.float32)))
+        pools.append(pool)
+    stacked = sp.vstack(profiles, format="csr") if profiles else sp.csr_matrix((0, matrix.shape[1]), dtype=np.float32)
+    return labels, stacked, tuple(pools)

@@ -1,0 +1,155 @@
+"""What every model of the package shares: labels, checks of query data, loaders."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from mudata import MuData
+from scvi import REGISTRY_KEYS
+from scvi.model.base import BaseModelClass
+
+from scvi_cradle._constants import KEYS
+from scvi_cradle._labels import LabelRule, LabelTable, label_members
+from scvi_cradle._validation import near_matches, preview
+from scvi_cradle.data import check_query, label_rule, label_table
+
+
+class LabelledModel(BaseModelClass):
+    """Labels, genes and query checks; a mix-in for model classes."""
+
+    label_counts_: dict[str, int] | None
+
+    # ---- registry ---------------------------------------------------------------------------------------------------
+
+    def _state(self, key: str) -> dict[str, Any]:
+        return self.registry_["field_registries"][key]["state_registry"]
+
+    @property
+    def _rule(self) -> LabelRule:
+        return label_rule(self._state(KEYS.PERTURBATION))
+
+    @property
+    def _table(self) -> LabelTable:
+        return label_table(self._state(KEYS.PERTURBATION))
+
+    @property
+    def _perturbation_key(self) -> str:
+        return str(self._state(KEYS.PERTURBATION)["original_key"])
+
+    @property
+    def _artifact_key(self) -> str | None:
+        fields = self.registry_["field_registries"]
+        return fields[KEYS.ARTIFACT]["state_registry"]["original_key"] if KEYS.ARTIFACT in fields else None
+
+    @property
+    def _genes(self) -> list[str]:
+        return [str(g) for g in self._state(REGISTRY_KEYS.X_KEY)["column_names"]]
+
+    @property
+    def _batches(self) -> list[str]:
+        return [str(b) for b in self._state(REGISTRY_KEYS.BATCH_KEY)["categorical_mapping"]]
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def _requested_labels(self, perturbations: str | Sequence[str] | None) -> list[str]:
+        """Return canonical labels in the order of the request; default all labels seen in training, sorted.
+
+        Raises
+        ------
+        ValueError
+            For an unknown treatment (near matches are named) and for one without training cells.
+        """
+        counts = self._trained_counts()
+        if perturbations is None:
+            return sorted(label for label, n in counts.items() if n)
+        wanted = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+        if not wanted:
+            msg = "`perturbations` must name at least one perturbation; received an empty list."
+            raise ValueError(msg)
+        rule, treatments = self._rule, self._table.treatments
+        labels = [rule.canonical(w) for w in wanted]
+        n_obs = self.module.n_obs_per_treatment.cpu().numpy()
+        members = dict(zip(labels, label_members(labels, treatments, rule), strict=True))
+        for label in labels:
+            untrained = [treatments[t] for t in members[label] if n_obs[t] == 0]
+            if untrained:
+                msg = f"Every treatment must have training cells; received {label!r}, and {preview(untrained)} has none in the training split."
+                raise ValueError(msg)
+        return labels
+
+    def _trained_counts(self) -> dict[str, int]:
+        """Return the number of training cells of every label; an untrained model is an error."""
+        if not self.is_trained_ or self.label_counts_ is None:
+            msg = "The model must be trained first; call `model.train()`."
+            raise RuntimeError(msg)
+        return self.label_counts_
+
+    def _members(self, labels: Sequence[str]) -> np.ndarray:
+        """Return the treatments of canonical labels, padded with -1."""
+        treatments = self._table.treatments
+        return LabelTable(tuple(labels), treatments, label_members(labels, treatments, self._rule)).padded_members()
+
+    def _batch_code(self, batch: str | None) -> int | None:
+        if batch is None:
+            return None
+        batches = self._batches
+        if str(batch) not in batches:
+            msg = f"`batch` must be one of {preview(batches, 8)}; received {batch!r}{near_matches(batch, batches)}."
+            raise ValueError(msg)
+        return batches.index(str(batch))
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _validate_anndata(self, adata: AnnData | MuData | None = None, copy_if_view: bool = True) -> AnnData | MuData:
+        """Return data registered with the model; a view is copied, never turned into data in the user's hands."""
+        if adata is None and self.adata is None:
+            msg = "The model holds no data (it was loaded without); pass `adata`."
+            raise ValueError(msg)
+        data = self.adata if adata is None else adata
+        if getattr(data, "is_view", False):
+            data = data.copy()
+        if self._manager_of(data) is None and isinstance(data, AnnData):
+            check_query(data, self.registry_)
+        return super()._validate_anndata(data, copy_if_view=copy_if_view)
+
+    def _manager_of(self, data: AnnData | MuData) -> Any:
+        return None if "_scvi_uuid" not in data.uns else self.get_anndata_manager(data)
+
+    def _make_data_loader(self, adata: AnnData | MuData, *args: Any, **kwargs: Any) -> Any:
+        manager = self.get_anndata_manager(adata)
+        if manager is not None:
+            table = label_table(manager.get_state_registry(KEYS.PERTURBATION))
+            self.module.set_labels(table.padded_members())
+        return super()._make_data_loader(adata, *args, **kwargs)
+
+    def _loader(self, adata: AnnData | MuData | None, indices: Sequence[int] | None, batch_size: int | None) -> Any:
+        data = self._validate_anndata(adata)
+        return self._make_data_loader(data, indices=check_indices(indices, data.n_obs), batch_size=batch_size)
+
+
+def check_indices(indices: Sequence[int] | np.ndarray | None, n_obs: int) -> np.ndarray:
+    """Return positions of cells from positions or a boolean mask.
+
+    Raises
+    ------
+    ValueError
+        If a position lies outside the data.
+    """
+    if indices is None:
+        return np.arange(n_obs)
+    positions = np.asarray(indices)
+    if positions.dtype == bool:
+        positions = np.flatnonzero(positions)
+    if len(positions) and (positions.min() < 0 or positions.max() >= n_obs):
+        msg = f"`indices` must lie between 0 and {n_obs - 1}; received {positions.min()} to {positions.max()}."
+        raise ValueError(msg)
+    return positions.astype(np.int64)
+
+
+def warn(message: str) -> None:
+    """Warn the caller of a public method."""
+    warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,99 @@
+"""Seeded draws that generation, counterfactuals and effects share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from scvi_cradle._validation import check_positive
+
+LIBRARY_GRID = 8
+
+
+class LibraryDraw(NamedTuple):
+    """Library sizes with the covariates of the cells that they come from.
+
+    Parameters
+    ----------
+    total
+        Library sizes, shape ``(n,)``.
+    rows
+        Rows of the model's ``libraries_`` that were drawn, shape ``(n,)``.
+    """
+
+    total: np.ndarray
+    rows: np.ndarray
+
+
+def make_generator(seed: int | None, device: torch.device) -> Generator:
+    """Return a generator of its own; ``None`` takes entropy from torch's global generator."""
+    value = int(torch.randint(2**63 - 1, (1,))) if seed is None else int(seed)
+    return torch.Generator(device=device).manual_seed(value)
+
+
+def draw_libraries(
+    pool: dict[str, np.ndarray],
+    n: int,
+    library_size: float | str,
+    *,
+    artifact: bool,
+    batch: int | None,
+    rng: np.random.Generator,
+) -> LibraryDraw:
+    """Draw library sizes from the training cells of the same flag (and batch), or fix them.
+
+    Raises
+    ------
+    ValueError
+        If ``library_size`` is neither ``"observed"`` nor a positive number, or if no training cell has the flag.
+    """
+    if isinstance(library_size, str) and library_size != "observed":
+        msg = f"`library_size` must be 'observed' or a positive number; received {library_size!r}."
+        raise ValueError(msg)
+    if not isinstance(library_size, str):
+        check_positive("library_size", library_size)
+    eligible = np.flatnonzero((pool["artifact"] == artifact) & ((batch is None) | (pool["batch"] == batch)))
+    if not len(eligible):
+        kind = "failed" if artifact else "passed"
+        msg = f"Library sizes are drawn from training cells that {kind} QC; received a request for which there is none: train with such cells or ask for `artifact={not artifact}`."
+        raise ValueError(msg)
+    weight = pool["weight"][eligible]
+    rows = rng.choice(eligible, n, p=weight / weight.sum())
+    total = pool["total"][rows] if isinstance(library_size, str) else np.full(n, float(library_size))
+    return LibraryDraw(np.maximum(total, 1.0).astype(np.float32), rows)
+
+
+def covariate_tensors(pool: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Tensor]:
+    """Return the batch and covariates of rows of the pool, by the names that scvi-tools gives them."""
+    tensors = {"batch": torch.as_tensor(pool["batch"][rows])[:, None]}
+    if "categorical" in pool:
+        tensors["extra_categorical_covs"] = torch.as_tensor(pool["categorical"][rows])
+    if "continuous" in pool:
+        tensors["extra_continuous_covs"] = torch.as_tensor(pool["continuous"][rows], dtype=torch.float32)
+    return tensors
+
+
+def sample_counts(mu: Tensor, theta: Tensor, generator: Generator) -> Tensor:
+    """Draw negative-binomial counts: ``Poisson(Gamma(theta) mu / theta)``."""
+    shape = theta.expand_as(mu).contiguous()
+    rate = torch._standard_gamma(shape, generator=generator) * (mu / theta)
+    return torch.poisson(rate, generator=generator)
+
+
+def library_grid(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most eight representative library sizes (midpoints of quantiles) and the nearest one of every draw."""
+    unique = np.unique(total)
+    if len(unique) <= LIBRARY_GRID:
+        return unique.astype(np.float64), np.searchsorted(unique, total)
+    order = np.argsort(np.argsort(total, kind="stable"), kind="stable")
+    group = order * LIBRARY_GRID // len(total)
+    values = np.array([np.median(total[group == g]) for g in range(LIBRARY_GRID)], dtype=np.float64)
+    return values, group
+
+
+def as_module_input(tensors: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move tensors to a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}

@@ -1,0 +1,265 @@
+"""Generated cells, counterfactuals and treatment effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from scvi import settings
+from torch import Generator, Tensor
+
+from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL, KEYS
+from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle.model._base import LabelledModel, check_indices
+from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
+from scvi_cradle.module.base import softmax_rates
+
+Output = Literal["counts", "mean", "normalized"]
+OUTPUTS = ("counts", "mean", "normalized")
+
+
+class GenerationMixin:
+    """New cells from the prior and counterfactuals of given cells; a mix-in beside :class:`LabelledModel`."""
+
+    @torch.inference_mode()
+    def get_generated_expression(
+        self: LabelledModel,
+        perturbations: str | Sequence[str] | None = None,
+        *,
+        n_samples: int = 100,
+        artifact: bool = False,
+        library_size: float | Literal["observed"] = "observed",
+        output: Output = "counts",
+        batch: str | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> AnnData:
+        """Generate new cells from the prior (CRADLE-VAE, Alg. 3).
+
+        Parameters
+        ----------
+        perturbations
+            Labels, also unseen combinations of seen treatments. Default: all labels seen in training, sorted.
+        n_samples
+            Cells per label.
+        artifact
+            Generate cells with the technical artifact instead of without.
+        library_size
+            ``"observed"``: total counts are drawn from training cells (that passed QC; failed cells for
+            ``artifact=True``; of the same batch), one set of draws shared by all labels. A number fixes the total.
+        output
+            ``"counts"``: integer counts as CSR; ``"mean"``: expected counts; ``"normalized"``: expected counts per
+            10,000.
+        batch
+            Batch to generate; default: as in the training cells that the library sizes come from.
+        seed
+            Seed of the draws; default: from torch's global generator, which ``scvi.settings.seed`` governs.
+        batch_size
+            Cells decoded at once. Default ``scvi.settings.batch_size``.
+
+        Returns
+        -------
+        AnnData of shape ``(len(perturbations) * n_samples, n_genes)``, blocks of cells in the order of the request;
+        ``obs``: ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or
+        ``"unseen combination"``), ``library_size`` and the batch.
+
+        Raises
+        ------
+        ValueError
+            For an unknown treatment (near matches are named), an unknown batch, or no training cell with the flag.
+        RuntimeError
+            If the model is not trained.
+        """
+        labels = self._requested_labels(perturbations)
+        check_one_of("output", output, OUTPUTS)
+        check_positive("n_samples", n_samples, integer=True)
+        generator, rng = _randomness(self, seed)
+        draw = draw_libraries(
+            self.libraries_, n_samples, library_size, artifact=bool(artifact), batch=self._batch_code(batch), rng=rng
+        )
+        covariates = covariate_tensors(self.libraries_, draw.rows)
+        self.module.set_labels(self._members(labels))
+        blocks = []
+        for code in range(len(labels)):
+            for rows in _blocks(n_samples, batch_size):
+                tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, self.module.device)
+                label = torch.full((len(rows),), code, device=self.module.device)
+                logits = prior_logits(self.module, label, tensors, artifact=bool(artifact), generator=generator)
+                library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
+                blocks.append(_emit(self.module, logits, library, output, generator))
+        obs = self._generated_obs(labels, n_samples, bool(artifact))
+        obs["library_size"] = np.tile(draw.total, len(labels))
+        self._add_batch(obs, np.tile(self.libraries_["batch"][draw.rows], len(labels)))
+        return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
+
+    @torch.inference_mode()
+    def get_counterfactual_expression(
+        self: LabelledModel,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        perturbation: str | Sequence[str] | None = None,
+        artifact: bool = False,
+        output: Output = "counts",
+        library_size: float | Literal["observed"] = "observed",
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> AnnData:
+        """Predict the same cells had they received another perturbation, with or without the artifact.
+
+        The basal state is drawn from the posterior of the observed cell and decoded under the asked treatment:
+        controls and the name of a perturbation in, predicted cells out.
+
+        Parameters
+        ----------
+        adata, indices
+            Cells; default: the model's own.
+        perturbation
+            One label for all cells or one per cell. Default: every cell keeps its own.
+        artifact
+            Whether the predicted cells carry the artifact.
+        output, seed, batch_size
+            As in :meth:`get_generated_expression`.
+        library_size
+            ``"observed"``: the cell's own total count. A number fixes it.
+
+        Returns
+        -------
+        AnnData of the same cells in the same order, their ``obs`` with the label replaced (the old one is kept as
+        ``perturbation_observed``) and the flag replaced (the old one is kept as ``<artifact_key>_observed``).
+
+        Raises
+        ------
+        ValueError
+            For an unknown treatment or for labels that are not one per cell.
+        """
+        self._trained_counts()
+        check_one_of("output", output, OUTPUTS)
+        data = self._validate_anndata(adata)
+        positions = check_indices(indices, data.n_obs)
+        targets = self._target_labels(perturbation, len(positions))
+        loader = self._make_data_loader(data, indices=positions, batch_size=batch_size)
+        observed_members = self.module.label_members
+        generator, _ = _randomness(self, seed)
+        blocks, start = [], 0
+        for tensors in loader:
+            tensors = as_module_input(tensors, self.module.device)
+            inputs = self.module._get_inference_input(tensors)
+            self.module.label_members = observed_members
+            latent = self.module.inference(**inputs, n_samples=1, generator=generator)["latent"]
+            z_perturbation, n = latent.z_perturbation, len(inputs["x"])
+            if targets is not None:
+                z_perturbation = self._target_effects(targets[start : start + n], generator)
+            z_artifact = latent.artifact_vector * float(bool(artifact)) + torch.zeros_like(latent.z_basal)
+            logits = self.module.decoder(
+                latent.z_basal, z_perturbation, z_artifact, self.module.covariates(tensors)
+            )[0]
+            library = _own_library(inputs["x"], library_size)
+            blocks.append(_emit(self.module, logits, library, output, generator))
+            start += n
+        obs = self._counterfactual_obs(data.obs.iloc[positions], targets, bool(artifact))
+        return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
+
+    def _target_labels(self: LabelledModel, perturbation: str | Sequence[str] | None, n: int) -> list[str] | None:
+        if perturbation is None:
+            return None
+        if isinstance(perturbation, str):
+            return self._requested_labels(perturbation) * n
+        if len(perturbation) != n:
+            msg = f"`perturbation` must be one label, or one per cell; received {len(perturbation)} labels for {n} cells."
+            raise ValueError(msg)
+        return self._requested_labels(list(perturbation)) if n else []
+
+    def _target_effects(self: LabelledModel, labels: list[str], generator: Generator) -> Tensor:
+        """Draw the effects of one label per cell, shape ``(1, n_cells, n_latent)``."""
+        module = self.module
+        module.label_members = torch.as_tensor(self._members(labels), device=module.device)
+        pairs = module.pairs(torch.arange(len(labels), device=module.device))
+        draw = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
+        return draw.to_cells(draw.rows, pairs)
+
+    def _generated_obs(self: LabelledModel, labels: list[str], n_samples: int, artifact: bool) -> pd.DataFrame:
+        counts = self._trained_counts()
+        names = pd.Categorical(np.repeat(labels, n_samples), categories=list(dict.fromkeys(labels)))
+        seen = np.where([counts.get(label, 0) > 0 for label in labels], "seen", "unseen combination")
+        obs = pd.DataFrame({COLUMNS.PERTURBATION: names}, index=[f"generated_{i}" for i in range(len(names))])
+        if self._state(KEYS.PERTURBATION)["from_dosage"] is False:
+            obs[self._perturbation_key] = names
+        obs[COLUMNS.ARTIFACT] = artifact
+        obs[COLUMNS.SEEN] = pd.Categorical(np.repeat(seen, n_samples))
+        return obs
+
+    def _add_batch(self: LabelledModel, obs: pd.DataFrame, codes: np.ndarray) -> None:
+        state = self._state("batch")
+        if len(state["categorical_mapping"]) > 1:
+            obs[state["original_key"]] = pd.Categorical.from_codes(codes, categories=self._batches)
+
+    def _counterfactual_obs(
+        self: LabelledModel, observed: pd.DataFrame, targets: list[str] | None, artifact: bool
+    ) -> pd.DataFrame:
+        obs = observed.drop(columns=[c for c in observed if str(c).startswith("_scvi")])
+        state, flag = self._state(KEYS.PERTURBATION), self._artifact_key
+        key = COLUMNS.PERTURBATION if state["from_dosage"] else self._perturbation_key
+        codes = observed[f"_scvi_{KEYS.PERTURBATION}"].to_numpy() if f"_scvi_{KEYS.PERTURBATION}" in observed else None
+        old = observed[key] if key in observed else None
+        if old is not None:
+            obs[COLUMNS.PERTURBATION_OBSERVED] = old.to_numpy()
+        if targets is not None:
+            obs[key] = pd.Categorical(targets)
+        elif old is None and codes is not None:
+            obs[key] = pd.Categorical([self._table.labels[c] for c in codes])
+        if flag is not None:
+            obs[f"{flag}_observed"] = observed[flag].to_numpy()
+            obs[flag] = artifact
+        return obs
+
+
+def prior_logits(
+    module: Any, label: Tensor, tensors: dict[str, Tensor], *, artifact: bool, generator: Generator
+) -> Tensor:
+    """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them."""
+    pairs = module.pairs(label)
+    effects = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
+    z_perturbation = effects.to_cells(effects.rows, pairs)  # (1, n, D)
+    z_basal = torch.randn(z_perturbation.shape, generator=generator, device=label.device)
+    vector, _ = module.artifact.draw(1, len(label), generator=generator)
+    z_artifact = vector if artifact else torch.zeros_like(z_basal)
+    return module.decoder(z_basal, z_perturbation, z_artifact, module.covariates(tensors))[0]
+
+
+def _randomness(model: LabelledModel, seed: int | None) -> tuple[Generator, np.random.Generator]:
+    generator = make_generator(seed, model.module.device)
+    return generator, np.random.default_rng(generator.initial_seed())
+
+
+def _blocks(n: int, batch_size: int | None) -> Iterator[np.ndarray]:
+    size = batch_size or settings.batch_size
+    for start in range(0, n, size):
+        yield np.arange(start, min(start + size, n))
+
+
+def _own_library(x: Tensor, library_size: float | str) -> Tensor:
+    if isinstance(library_size, str):
+        check_one_of("library_size", library_size, ("observed",))
+        return x.sum(1, keepdim=True).clamp_min(1)
+    check_positive("library_size", library_size)
+    return torch.full((len(x), 1), float(library_size), device=x.device)
+
+
+def _emit(module: Any, logits: Tensor, library: Tensor, output: Output, generator: Generator) -> Any:
+    if output == "normalized":
+        return (torch.softmax(logits, dim=-1) * COUNTS_PER_CELL).cpu().numpy()
+    mu = softmax_rates(logits, library)
+    if output == "mean":
+        return mu.cpu().numpy()
+    return sp.csr_matrix(sample_counts(mu, module.decoder.theta, generator).cpu().numpy())
+
+
+def _as_anndata(blocks: list[Any], obs: pd.DataFrame, genes: list[str], control: str) -> AnnData:
+    x = sp.vstack(blocks, format="csr") if sp.issparse(blocks[0]) else np.concatenate(blocks)
+    return AnnData(X=x.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes), uns={CONTROL_UNS_KEY: control})

@@ -1,0 +1,257 @@
+"""Quality of a trained model: diagnostics, QC pass rates, and scores beside baseline and ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from mudata import MuData
+
+from scvi_cradle import metrics
+from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL, KEYS, QC_UNS_KEY
+from scvi_cradle._matrix import to_csr
+from scvi_cradle.data import label_table
+from scvi_cradle.model._base import LabelledModel, check_indices
+
+MAX_CELLS = 1_500
+MIN_CELLS = 40
+N_COMPONENTS = 10
+COLLAPSE_NATS = 0.1
+MIN_VARIANCE_RATIO = 0.5
+
+
+class QualityMixin:
+    """Diagnostics and evaluation; a mix-in beside :class:`LabelledModel`."""
+
+    @torch.inference_mode()
+    def get_diagnostics(self: LabelledModel, *, seed: int = 0) -> dict[str, float]:
+        """Measure whether the basal state is in use, on at most 1,500 training cells.
+
+        Computed after every training (attribute ``diagnostics_``), with a warning below 0.1 nats and below 0.5.
+
+        Parameters
+        ----------
+        seed
+            Seed of the sample of cells and of the generated cells.
+
+        Returns
+        -------
+        ``kl_basal`` and ``kl_basal_failed``: mean of ``KL(q(z_b) || N(0, I))`` in nats over all and over failed cells;
+        ``variance_ratio``: generated over real cell-to-cell variance of ``log2(1 + 1e4 x / sum(x))`` along the first
+        ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
+        the other); left out when there are too few cells.
+        """
+        data = self._validate_anndata(None)
+        rng = np.random.default_rng(seed)
+        train = np.asarray(self.train_indices_)
+        cells = np.sort(rng.choice(train, min(MAX_CELLS, len(train)), replace=False))
+        kls, flags = [], []
+        for tensors, latent in self._latent_batches(data, cells, None, n_samples=1, sample=False):
+            kls.append(self.module.kl_basal(latent)[0].cpu().numpy())
+            flags.append(tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0)
+        kl, failed = np.concatenate(kls), np.concatenate(flags)
+        result = {"kl_basal": float(kl.mean())}
+        if failed.any():
+            result["kl_basal_failed"] = float(kl[failed].mean())
+        ratio = self._variance_ratio(train, rng, seed)
+        if ratio is not None:
+            result["variance_ratio"] = ratio
+        return result
+
+    def _variance_ratio(self: LabelledModel, train: np.ndarray, rng: np.random.Generator, seed: int) -> float | None:
+        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[train].astype(int)
+        passed = np.asarray(self.adata_manager.get_from_registry(KEYS.ARTIFACT)).ravel()[train] == 0
+        if passed.sum() < MIN_CELLS:
+            return None
+        label = int(np.bincount(codes[passed]).argmax())
+        cells = train[passed & (codes == label)]
+        if len(cells) < MIN_CELLS:
+            return None
+        cells = np.sort(rng.choice(cells, min(MAX_CELLS, len(cells)), replace=False))
+        real = to_csr(self.adata_manager.get_from_registry("X")[cells])
+        generated = self.get_generated_expression([self._table.labels[label]], n_samples=len(cells), seed=seed)
+        return variance_ratio(real, generated.X, rng)
+
+    @staticmethod
+    def _diagnostic_warnings(diagnostics: dict[str, float]) -> list[str]:
+        """Return one sentence per sign of a collapsed basal state."""
+        messages = []
+        for key, which in (("kl_basal", "all cells"), ("kl_basal_failed", "failed cells")):
+            value = diagnostics.get(key)
+            if value is not None and value < COLLAPSE_NATS:
+                messages.append(
+                    f"The basal state is unused in {which}: KL {value:.3g} nats, below {COLLAPSE_NATS}; "
+                    "lower `cf_weight`, keep `cf_reduction='mean'`, or train longer."
+                )
+        ratio = diagnostics.get("variance_ratio")
+        if ratio is not None and ratio < MIN_VARIANCE_RATIO:
+            messages.append(
+                f"Generated cells vary too little from cell to cell: {ratio:.2f} of the real variance, below "
+                f"{MIN_VARIANCE_RATIO}; lower `cf_weight`, keep `cf_reduction='mean'`, or train longer."
+            )
+        return messages
+
+    def qc_pass_rate(
+        self: LabelledModel,
+        perturbations: str | Sequence[str] | None = None,
+        *,
+        n_samples: int = 100,
+        library_size: float | Literal["observed"] = "observed",
+        thresholds: dict[str, Any] | None = None,
+        artifact: bool = False,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """Return how often generated cells pass the data's QC, beside real cells (CRADLE-VAE, sec. 4.1).
+
+        Parameters
+        ----------
+        perturbations
+            Labels; default: all labels seen in training.
+        n_samples
+            Generated cells per label.
+        library_size
+            As in :meth:`get_generated_expression`; a fixed 1e4, as in the paper, makes the count criterion vacuous.
+        thresholds
+            A stored ``uns["qc_label"]``; default: the one of the training data.
+        artifact
+            Generate failed cells instead.
+        seed
+            Seed of the generated cells.
+
+        Returns
+        -------
+        DataFrame as that of :func:`scvi_cradle.metrics.qc_pass_rate`: a row per label and ``"all"``; columns
+        ``generated``, ``real``, ``real_passed``, the same per criterion, and ``criteria_left_out`` (the doublet
+        criterion). Without data (``load(adata=False)``) the columns of real cells are left out.
+        ``attrs["diagnostics"]`` holds :meth:`get_diagnostics`.
+
+        Raises
+        ------
+        ValueError
+            If there are no thresholds: label the data with :func:`scvi_cradle.pp.qc_label`.
+        """
+        record = thresholds if thresholds is not None else self.qc_record_
+        if record is None:
+            msg = "QC thresholds are needed; the training data hold none for this flag: label them with `scvi_cradle.pp.qc_label`, or pass `thresholds=adata.uns['qc_label']`."
+            raise ValueError(msg)
+        generated = self.get_generated_expression(
+            perturbations, n_samples=n_samples, artifact=artifact, library_size=library_size, seed=seed
+        )
+        if self.adata is None:
+            table = metrics.qc_pass_rate(generated, generated, thresholds=record)
+            table = table[[c for c in table if not str(c).startswith(("real", "n_real"))]]
+        else:
+            real = self._real_cells(self.adata, np.asarray(self.train_indices_))
+            table = metrics.qc_pass_rate(real, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
+        table.attrs["diagnostics"] = self.diagnostics_
+        return table
+
+    def evaluate(
+        self: LabelledModel,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        n_samples: int = 300,
+        library_size: float | Literal["observed"] = "observed",
+        passed_only: bool = True,
+        n_bootstrap: int = 200,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Score generated cells against real ones, beside a trivial baseline and the replicate ceiling.
+
+        Parameters
+        ----------
+        adata, indices
+            Real cells; default: the test cells of the model's split, else its validation cells.
+        n_samples
+            Generated cells per label (and controls).
+        library_size
+            As in :meth:`get_generated_expression`.
+        passed_only
+            Compare with real cells that passed QC, as the model generates artifact-free cells.
+        n_bootstrap, seed
+            Bootstrap over perturbations, and seed.
+
+        Returns
+        -------
+        DataFrame of :func:`scvi_cradle.metrics.evaluate`; ``attrs["diagnostics"]`` holds :meth:`get_diagnostics`.
+
+        Raises
+        ------
+        ValueError
+            If there are no held-out cells and none were given.
+        """
+        data = self._validate_anndata(adata)
+        positions = self._held_out() if adata is None and indices is None else check_indices(indices, data.n_obs)
+        real = self._real_cells(data, positions, passed_only)
+        train = self._real_cells(self.adata, np.asarray(self.train_indices_), passed_only) if self.adata is not None else None
+        control = self._rule.control_name
+        labels = [x for x in sorted(set(real.obs[COLUMNS.PERTURBATION])) if x != control]
+        predicted = self.get_generated_expression(
+            [control, *labels], n_samples=n_samples, library_size=library_size, seed=seed
+        )
+        table = metrics.evaluate(
+            real,
+            predicted,
+            perturbation_key=COLUMNS.PERTURBATION,
+            control=control,
+            sep=self._rule.sep or "+",
+            train=train,
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+        )
+        table.attrs["diagnostics"] = self.diagnostics_
+        return table
+
+    def _held_out(self: LabelledModel) -> np.ndarray:
+        for held_out in (self.test_indices_, self.validation_indices_):
+            if held_out is not None and len(held_out):
+                return np.asarray(held_out)
+        msg = "There are no held-out cells; train with `split_key` or `train_size`, or pass `adata` or `indices`."
+        raise ValueError(msg)
+
+    def _real_cells(self: LabelledModel, data: AnnData | MuData, positions: np.ndarray, passed_only: bool = False) -> AnnData:
+        """Return counts, canonical labels and flags of real cells as a plain AnnData."""
+        manager = self.get_anndata_manager(data, required=True)
+        labels = np.array(label_table(manager.get_state_registry(KEYS.PERTURBATION)).labels)
+        codes = np.asarray(manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions].astype(int)
+        flags = np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
+        kept = ~flags if passed_only else np.ones(len(flags), dtype=bool)
+        obs = pd.DataFrame(
+            {COLUMNS.PERTURBATION: pd.Categorical(labels[codes[kept]]), COLUMNS.ARTIFACT: flags[kept]},
+            index=np.asarray(data.obs_names)[positions[kept]],
+        )
+        matrix = to_csr(manager.get_from_registry("X")[positions[kept]])
+        real = AnnData(X=matrix, obs=obs, var=pd.DataFrame(index=self._genes))
+        if self.qc_record_ is not None:
+            real.uns[QC_UNS_KEY] = self.qc_record_
+        return real
+
+
+def variance_ratio(real: sp.csr_matrix, generated: sp.csr_matrix, rng: np.random.Generator) -> float:
+    """Return the generated over the real variance along principal components of half of the real cells.
+
+    Parameters
+    ----------
+    real, generated
+        Counts, shape ``(n_cells, n_genes)``.
+    rng
+        Splits the real cells.
+    """
+    order = rng.permutation(real.shape[0])
+    half = len(order) // 2
+    values, new = log_normalize(real), log_normalize(generated)
+    fitted = values[order[:half]] - values[order[:half]].mean(0)
+    axes = np.linalg.svd(fitted, full_matrices=False)[2][: min(N_COMPONENTS, half - 1)]
+    return float((new @ axes.T).var(0).sum() / max((values[order[half:]] @ axes.T).var(0).sum(), 1e-12))
+
+
+def log_normalize(counts: sp.csr_matrix) -> np.ndarray:
+    """Return ``log2(1 + 1e4 x / sum(x))`` as a dense array; cells without counts are 0."""
+    totals = np.maximum(np.asarray(counts.sum(1)).ravel(), 1.0)
+    return np.log2(1 + COUNTS_PER_CELL * (sp.diags(1 / totals) @ counts).toarray())

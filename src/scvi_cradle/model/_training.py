@@ -1,0 +1,175 @@
+"""Training: splits, statistics of the training cells, scvi-tools' own loop, diagnostics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from scvi import settings
+from scvi.model.base import UnsupervisedTrainingMixin
+
+from scvi_cradle._constants import KEYS
+from scvi_cradle._validation import check_positive
+from scvi_cradle.data import TrainingStatistics, split_indices, training_statistics
+from scvi_cradle.model._base import LabelledModel, warn
+from scvi_cradle.train import PerturbationTrainingPlan
+
+MIN_STEPS, MIN_EPOCHS, N_VALIDATIONS = 2_000, 10, 100
+PLAN_ARGUMENTS = ("lr", "weight_decay", "lr_schedule", "effect_lr_scale")
+
+
+class TrainingMixin(UnsupervisedTrainingMixin):
+    """``train`` of the models; a mix-in beside :class:`LabelledModel`."""
+
+    _training_plan_cls = PerturbationTrainingPlan
+
+    def train(  # type: ignore[override]
+        self: LabelledModel,
+        max_epochs: int | None = None,
+        *,
+        max_steps: int | None = None,
+        split_key: str | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        early_stopping: bool = False,
+        plan_kwargs: dict[str, Any] | None = None,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Parameters
+        ----------
+        max_epochs
+            Number of epochs. Default: those that 2,000 steps take, at least 10, and no more than scvi-tools' heuristic
+            (400 epochs at 20,000 cells or fewer, in inverse proportion above); 2,000 for the papers' presets.
+        max_steps
+            Number of optimiser steps, instead of ``max_epochs``.
+        split_key
+            Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"`` for every cell
+            (see :func:`scvi_cradle.pp.split_perturbations`). Default: a random split of 90 % and 10 %.
+        batch_size
+            Cells per step. Default 128 (512 for the papers' presets).
+        lr
+            Learning rate of Adam. Default 3e-3, after a warm-up of 30 steps along a cosine to 0 and 5 times higher for
+            the treatment posteriors (3e-4 constant for the papers' presets).
+        weight_decay
+            Weight decay of Adam. Default 1e-6.
+        train_size, validation_size, shuffle_set_split
+            The random split, as in scvi-tools.
+        early_stopping
+            Stop when the validation ELBO no longer improves. Off by default: it selects poorly.
+        plan_kwargs
+            Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
+        datasplitter_kwargs
+            Further arguments of :class:`scvi.dataloaders.DataSplitter`.
+        **kwargs
+            Further arguments of scvi-tools' ``train`` and of :class:`scvi.train.Trainer` (``accelerator``,
+            ``devices``, ``callbacks``, ``logger``, ``enable_progress_bar``, ``check_val_every_n_epoch``, ...).
+
+        Raises
+        ------
+        KeyError
+            If there is no column ``split_key``.
+        ValueError
+            If the split is not one, or leaves no control cell for training.
+        """
+        for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
+            if value is not None:
+                check_positive(name, value, integer=True)
+        settings_ = dict(self._training_settings)
+        batch_size = batch_size or settings_["batch_size"]
+        split = split_indices(
+            self.adata_manager,
+            split_key,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size,
+        )
+        self._learn_from_training_cells(split[0])
+        steps_per_epoch = math.ceil(len(split[0]) / batch_size)
+        max_epochs = resolve_epochs(max_epochs or settings_["max_epochs"], max_steps, steps_per_epoch, len(split[0]))
+        plan = {name: settings_[name] for name in PLAN_ARGUMENTS}
+        plan |= {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
+        trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
+        if max_steps is not None:
+            trainer["max_steps"] = max_steps
+        if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
+            trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
+        super().train(  # type: ignore[misc]
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            plan_kwargs=plan | (plan_kwargs or {}),
+            datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
+            **(trainer | kwargs),
+        )
+        self._diagnose()
+
+    def _learn_from_training_cells(self: LabelledModel, train_indices: np.ndarray) -> None:
+        """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
+        table = self._table
+        members = table.padded_members()
+        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel().astype(int)
+        control = table.labels.index(self._rule.control_name)
+        if not (codes[train_indices] == control).any():
+            msg = f"The training split must hold control cells; received {len(train_indices)} training cells without one."
+            raise ValueError(msg)
+        statistics = training_statistics(
+            self.adata_manager,
+            train_indices,
+            members=members,
+            n_treatments=len(table.treatments),
+            statistic=self.module.cf_statistic,
+            seed=settings.seed or 0,
+        )
+        self._set_statistics(statistics, len(train_indices))
+        self.module.set_labels(members)
+        self.module.set_references(statistics.reference_labels, statistics.reference_profiles.toarray(), statistics.pools)
+        self.label_counts_ = {
+            label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)
+        }
+        self.libraries_ = statistics.libraries
+        profiles = statistics.reference_profiles
+        self.references_ = {
+            "labels": [table.labels[code] for code in statistics.reference_labels],
+            "n_failed": {t: int(n) for t, n in zip(table.labels, statistics.n_failed_per_label, strict=True) if n},
+            "data": profiles.data,
+            "indices": profiles.indices,
+            "indptr": profiles.indptr,
+        }
+
+    def _set_statistics(self: LabelledModel, statistics: TrainingStatistics, n_train: int) -> None:
+        module = self.module
+        with torch.no_grad():
+            module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
+            module.n_failed.fill_(statistics.n_failed)
+            module.n_train.fill_(n_train)
+            if not self.is_trained_:
+                module.input_mean.copy_(torch.as_tensor(statistics.input_mean))
+                module.input_std.copy_(torch.as_tensor(statistics.input_std))
+                if self._architecture["output_bias"] == "data":
+                    module.decoder.initialize_output(torch.as_tensor(statistics.gene_share).float())
+
+    def _diagnose(self: LabelledModel) -> None:
+        """Compute the diagnostics of a trained model and warn of a collapse."""
+        self.diagnostics_ = self.get_diagnostics()
+        for message in self._diagnostic_warnings(self.diagnostics_):
+            warn(message)
+
+
+def resolve_epochs(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int, n_obs: int) -> int:
+    """Return the number of epochs of a run."""
+    if max_steps is not None:
+        return math.ceil(max_steps / steps_per_epoch)
+    if max_epochs is not None:
+        return max_epochs
+    heuristic = max(1, min(round(400 * 20_000 / n_obs), 400))  # of scvi-tools
+    return min(max(math.ceil(MIN_STEPS / steps_per_epoch), MIN_EPOCHS), heuristic)

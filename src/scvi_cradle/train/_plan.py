@@ -1,0 +1,101 @@
+"""Training plan: our optimiser defaults, learning-rate schedule and logging."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from scvi.module.base import BaseModuleClass, LossOutput
+from scvi.train import TrainingPlan
+
+from scvi_cradle._validation import check_one_of
+
+
+class PerturbationTrainingPlan(TrainingPlan):
+    """Training plan of the models of this package.
+
+    Adam with ``eps=1e-8`` and without KL warm-up; the learning rate rises over ``lr_warmup_steps`` and then follows a
+    cosine to 0 over the steps of the run; parameters of the treatment posteriors learn ``effect_lr_scale`` times faster.
+
+    Parameters
+    ----------
+    module
+        The module to train.
+    lr, weight_decay, eps
+        Adam.
+    lr_schedule
+        ``"cosine"`` or ``"constant"``.
+    lr_warmup_steps
+        Optimiser steps of linear warm-up (cosine schedule only).
+    effect_lr_scale
+        Factor of the learning rate of ``module.effects``.
+    n_epochs_kl_warmup, n_steps_kl_warmup
+        KL warm-up; default none.
+    **kwargs
+        Further arguments of :class:`scvi.train.TrainingPlan`.
+    """
+
+    def __init__(
+        self,
+        module: BaseModuleClass,
+        *,
+        lr: float = 3e-3,
+        weight_decay: float = 1e-6,
+        eps: float = 1e-8,
+        lr_schedule: Literal["cosine", "constant"] = "cosine",
+        lr_warmup_steps: int = 30,
+        effect_lr_scale: float = 5.0,
+        n_epochs_kl_warmup: int | None = None,
+        n_steps_kl_warmup: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_one_of("lr_schedule", lr_schedule, ("cosine", "constant"))
+        self.lr_schedule, self.lr_warmup_steps, self.effect_lr_scale = lr_schedule, lr_warmup_steps, effect_lr_scale
+        super().__init__(
+            module,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            n_epochs_kl_warmup=n_epochs_kl_warmup,
+            n_steps_kl_warmup=n_steps_kl_warmup,
+            **kwargs,
+        )
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return Adam (or the user's optimiser) and the schedule."""
+        if self.reduce_lr_on_plateau or self.optimizer_name != "Adam":
+            return super().configure_optimizers()
+        effects = [p for name, p in self.module.named_parameters() if name.startswith("effects.")]
+        others = [p for name, p in self.module.named_parameters() if not name.startswith("effects.")]
+        groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
+        optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        if self.lr_schedule == "constant":
+            return {"optimizer": optimizer}
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int, total: int) -> float:
+        warmup = min(self.lr_warmup_steps, total // 2)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+    def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict[str, Any], mode: str) -> None:
+        """Log the ELBO as scvi-tools does, and extra metrics outside inference mode (else multi-device runs fail).
+
+        scvi-tools divides the global divergence by the number of validation cells; here a validation cell carries the
+        share of a training cell.
+        """
+        if mode == "validation" and self.n_obs_training and self.n_obs_validation:
+            loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
+        extra, loss_output.extra_metrics = loss_output.extra_metrics, {}  # type: ignore[misc]
+        super().compute_and_log_metrics(loss_output, metrics, mode)
+        self.log_dict(
+            {f"{key}_{mode}": value.detach() for key, value in extra.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=loss_output.n_obs_minibatch,
+            sync_dist=self.use_sync_dist,
+        )
