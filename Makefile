@@ -58,7 +58,9 @@ docs:
 	@$(MAKE) --no-print-directory docs-html VENV=.venv-docs
 
 .PHONY: docs-html
+# from scratch: an unchanged page would not repeat its warnings, and a page of a removed name would stay
 docs-html: $(VENV)/.doc
+	rm -rf docs/_build docs/api/generated
 	$(run) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "the documentation is in docs/_build/html/index.html"
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import shutil
 from importlib.metadata import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 TUTORIALS = HERE.parent / "tutorials"
@@ -32,14 +36,10 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-n
 
 # every name in the text has to be one that readers can follow
 nitpicky = True
-nitpick_ignore = [
-    ("py:class", "optional"),
-    # aliases that appear in annotations and have no page of their own
-    ("py:class", "numpy.float32"),
-    ("py:class", "numpy._typing._array_like._ScalarT"),
-]
-# private classes of ours appear as bases of public ones; members of scvi-tools are documented there
-nitpick_ignore_regex = [("py:.*", r"scvi_cradle\.(.*\.)?_.*")]
+# names that docstrings of modules use for parts of the same file
+nitpick_ignore = [("py:class", "NegativeBinomialDecoder"), ("py:class", "Posterior")]
+# parts of ours that have no page: private ones, the training plan, fields, and the parts of modules
+nitpick_ignore_regex = [("py:.*", r"scvi_cradle\.((.*\.)?_.*|(data|train|module\.base)\b.*)")]
 # the function in autosummary_context cannot be stored, which only matters for incremental builds
 suppress_warnings = ["config.cache"]
 
@@ -47,6 +47,7 @@ autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
+autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike", "npt.ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_google_docstring = False
 napoleon_numpy_docstring = True
 napoleon_use_rtype = True
@@ -91,6 +92,22 @@ def own_members(fullname: str, names: list[str]) -> list[str]:
         return owner.__module__
 
     return [name for name in names if home(name).startswith("scvi_cradle")]
+
+
+def returns_as_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep the text of a section Returns, whose first line napoleon would take for a type: types are in signatures."""
+    starts = [i for i in range(len(lines) - 1) if lines[i] and not lines[i][0].isspace() and lines[i + 1][:3] == "---"]
+    for start in starts:
+        if lines[start] == "Returns":
+            end = min((i for i in starts if i > start), default=len(lines))
+            text = [f"    {line}" if line else "" for line in lines[start + 2 : end]]
+            lines[start + 2 : end] = [":", *text, ""]  # a field without name and type
+            return
+
+
+def setup(app: Sphinx) -> None:
+    """Run before napoleon, which has the default priority of 500."""
+    app.connect("autodoc-process-docstring", returns_as_text, priority=400)
 
 
 autosummary_context = {"own_members": own_members}

@@ -47,8 +47,10 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
                 "numpy.bool numpy.bool_ numpy.float64 numpy.floating numpy.int64 numpy.integer numpy.number"
             ),
             "reference/random/generator.html#$": "numpy.random.Generator",
+            "reference/typing.html#$": "numpy.typing.ArrayLike numpy.typing.NDArray",
         },
         "data": {"reference/typing.html#$": "numpy.typing.ArrayLike numpy.typing.NDArray"},
+        "attribute": {"reference/typing.html#$": "numpy.typing.ArrayLike numpy.typing.NDArray"},
         "function": {"reference/random/generator.html#$": "numpy.random.default_rng"},
     },
     "pandas": {
@@ -76,14 +78,20 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
         },
     },
     "anndata": {
-        "class": {"generated/$.html#$": "anndata.AnnData anndata._core.anndata.AnnData=anndata.AnnData"},
+        "class": {
+            "generated/$.html#$": "anndata.AnnData AnnData=anndata.AnnData anndata._core.anndata.AnnData=anndata.AnnData"
+        },
         "attribute": {
             "generated/$.html#$": "anndata.AnnData.X anndata.AnnData.layers anndata.AnnData.obs anndata.AnnData.obsm "
             "anndata.AnnData.uns anndata.AnnData.var"
         },
         "function": {"generated/$.html#$": "anndata.concat"},
     },
-    "mudata": {"class": {"api/generated/$.html#$": "mudata.MuData mudata._core.mudata.MuData=mudata.MuData"}},
+    "mudata": {
+        "class": {
+            "api/generated/$.html#$": "mudata.MuData MuData=mudata.MuData mudata._core.mudata.MuData=mudata.MuData"
+        }
+    },
     "scanpy": {
         "function": {
             "api/generated/$.html#$": (
@@ -94,12 +102,14 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
     },
     "scvi": {
         "class": {
-            "api/reference/$.html#$": "scvi.model.SCVI scvi.train.TrainingPlan scvi.dataloaders.DataSplitter "
+            "api/reference/$.html#$": "scvi.model.SCVI scvi.train.Trainer scvi.train.TrainingPlan scvi.dataloaders.DataSplitter "
             "scvi.data.AnnDataManager scvi.hub.HubModel",
             "api/developer/$.html#$": (
                 "scvi.data.fields.BaseAnnDataField scvi.data.fields.NumericalObsField scvi.data.fields.ObsmField "
                 "scvi.model.base.BaseModelClass scvi.model.base.UnsupervisedTrainingMixin scvi.model.base.VAEMixin "
-                "scvi.module.base.BaseModuleClass scvi.module.base.LossOutput"
+                "scvi.module.base.BaseModuleClass scvi.module.base.LossOutput "
+                "scvi.module.base._base_module.BaseModuleClass=scvi.module.base.BaseModuleClass "
+                "scvi.module.base._base_module.LossOutput=scvi.module.base.LossOutput"
             ),
         },
         "method": {
@@ -112,7 +122,9 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
     "torch": {
         "class": {
             "tensors.html#$": "torch.Tensor",
-            "generated/$.html#$": "torch.Generator torch.nn.Module torch.optim.Adam torch.optim.Optimizer",
+            "generated/$.html#$": (
+                "torch.Generator torch._C.Generator=torch.Generator torch.nn.Module torch.optim.Adam torch.optim.Optimizer"
+            ),
             "tensor_attributes.html#$": "torch.device torch.dtype",
             "distributions.html#$": (
                 "torch.distributions.Bernoulli torch.distributions.Distribution torch.distributions.Normal "

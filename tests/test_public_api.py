@@ -42,8 +42,9 @@ def exported() -> Iterator[Any]:
 
 
 def parameters(thing: Any) -> list[inspect.Parameter]:
-    """Parameters that a caller gives; the docstring of a class describes those of its constructor."""
-    found = list(inspect.signature(thing).parameters.values())
+    """Parameters that a caller gives by name; the docstring of a class describes those of its constructor."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = [item for item in inspect.signature(thing).parameters.values() if item.kind not in variadic]
     if found and found[0].name in {"self", "cls"}:
         found = found[1:]
     return found
@@ -91,9 +92,9 @@ def test_documented_parameters_exist(thing: Any) -> None:
     sections = re.split(r"\n(?=\S[^\n]*\n-{3,})", inspect.getdoc(thing) or "")
     section = next((part for part in sections if part.startswith("Parameters\n")), "")
     documented = {
-        name.strip().lstrip("*")
+        name.strip()
         for line in section.splitlines()[2:]
-        if line and not line.startswith(" ")
+        if line and not line.startswith((" ", "*"))
         for name in line.split(":")[0].split(",")
     }
     assert documented == {parameter.name for parameter in parameters(thing)} or not parameters(thing)
