@@ -1,0 +1,6 @@
+"""Predictions without a model: what every model has to be compared with."""
+
+from scvi_cradle.baselines._mean import Additive, ControlMean, PerturbedMean
+from scvi_cradle.baselines._shrinkage import ShrunkenEffects
+
+__all__ = ["Additive", "ControlMean", "PerturbedMean", "ShrunkenEffects"]

@@ -1,0 +1,20 @@
+"""Scores of predicted perturbation effects, always beside a baseline and a ceiling."""
+
+from scvi_cradle.metrics._divergences import bernoulli_kl, gaussian_kl
+from scvi_cradle.metrics._effects import average_treatment_effects
+from scvi_cradle.metrics._evaluate import evaluate
+from scvi_cradle.metrics._replicate import replicate_ceiling
+from scvi_cradle.metrics._scores import ate_pearson, ate_r2, jaccard_top_k, pearson_delta, perturbation_discrimination
+
+__all__ = [
+    "ate_pearson",
+    "ate_r2",
+    "average_treatment_effects",
+    "bernoulli_kl",
+    "evaluate",
+    "gaussian_kl",
+    "jaccard_top_k",
+    "pearson_delta",
+    "perturbation_discrimination",
+    "replicate_ceiling",
+]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from scvi_cradle.metrics import ate_pearson, average_treatment_effects, replicate_ceiling
+
+
+def make_screen(
+    n_per_label: int = 40,
+    n_controls: int = 40,
+    n_labels: int = 8,
+    n_genes: int = 60,
+    effect: float = 0.0,
+    seed: int = 0,
+) -> ad.AnnData:
+    """Poisson counts; every perturbation moves its own six genes by ``effect`` (log2)."""
+    rng = np.random.default_rng(seed)
+    names = [f"p{i}" for i in range(n_labels)]
+    labels = np.array(["control"] * n_controls + list(np.repeat(names, n_per_label)))
+    base = rng.gamma(2.0, 2.0, size=n_genes)
+    rate = np.tile(base, (len(labels), 1))
+    for i, name in enumerate(names):
+        genes = (6 * i + np.arange(6)) % n_genes
+        rate[np.ix_(labels == name, genes)] *= 2.0 ** (effect * np.resize([1, -1], 6))
+    obs = pd.DataFrame({"perturbation": labels}, index=[f"cell{i}" for i in range(len(labels))])
+    counts = sp.csr_matrix(rng.poisson(rate).astype(np.float32))
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(n_genes)]))
+
+
+def test_nothing_happens_separate_controls_say_so_and_shared_controls_do_not() -> None:
+    """Two halves of inert perturbations correlate at about 1/2 only if they share an equally large control."""
+    separate, shared = [], []
+    for seed in range(6):
+        null = make_screen(n_controls=20, seed=seed)
+        separate.append(replicate_ceiling(null, "perturbation", n_repeats=2, seed=seed).loc["ate_pearson", "mean"])
+        control = (null.obs["perturbation"] == "control").to_numpy()
+        first = np.arange(null.n_obs) % 2 == 0
+        halves = [average_treatment_effects(null[control | h].copy(), "perturbation") for h in (first, ~first)]
+        shared.append(ate_pearson(*halves))
+    assert abs(np.mean(separate)) < 0.15
+    np.testing.assert_allclose(np.mean(shared), 0.5, atol=0.1)
+
+
+def test_strong_effects_reach_one_and_labels_decide() -> None:
+    strong = make_screen(effect=3.0, n_per_label=100, n_controls=200)
+    table = replicate_ceiling(strong, "perturbation")
+    assert (table.loc[["ate_pearson", "pearson_delta", "pearson_delta_perturbed_mean"], "mean"] > 0.9).all()
+    np.testing.assert_allclose(table.loc["perturbation_discrimination", "mean"], 1.0)
+    assert (table["sd"] < 0.05).all()
+    permuted = strong.copy()
+    permuted.obs["perturbation"] = np.random.default_rng(0).permutation(permuted.obs["perturbation"].to_numpy())
+    assert replicate_ceiling(permuted, "perturbation").loc["pearson_delta", "mean"] < 0.3
+
+
+def test_seeded_and_order_of_genes_does_not_matter() -> None:
+    cells = make_screen(effect=1.0)
+    first = replicate_ceiling(cells, "perturbation", n_repeats=2, seed=3)
+    pd.testing.assert_frame_equal(first, replicate_ceiling(cells, "perturbation", n_repeats=2, seed=3))
+    assert not first.equals(replicate_ceiling(cells, "perturbation", n_repeats=2, seed=4))
+    turned = replicate_ceiling(cells[:, ::-1].copy(), "perturbation", n_repeats=2, seed=3)
+    np.testing.assert_allclose(turned.loc["ate_pearson", "mean"], first.loc["ate_pearson", "mean"])
+    assert list(first.columns) == ["mean", "sd"]
+    assert first.index.name == "metric"
+
+
+def test_one_repeat_and_labels_of_one_cell() -> None:
+    cells = make_screen(effect=1.0)
+    table = replicate_ceiling(cells, "perturbation", n_repeats=1)
+    assert (table["sd"] == 0).all()
+    lone = cells[(cells.obs["perturbation"] != "p0") | (cells.obs_names == "cell40")].copy()
+    assert (lone.obs["perturbation"] == "p0").sum() == 1
+    assert np.isfinite(replicate_ceiling(lone, "perturbation", n_repeats=1)["mean"]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "kwargs", "message"),
+    [
+        pytest.param(slice(39, None), {}, "at least two control cells", id="one control"),
+        pytest.param([0, 1, 40, 80], {}, "at least two cells", id="single cells"),
+        pytest.param(slice(None), {"n_repeats": 0}, "`n_repeats` must be a positive integer", id="no repeat"),
+    ],
+)
+def test_bad_inputs(rows, kwargs, message) -> None:
+    cells = make_screen()[rows].copy()
+    with pytest.raises(ValueError, match=message):
+        replicate_ceiling(cells, "perturbation", **kwargs)
+    assert list(cells.obs.columns) == ["perturbation"]
