@@ -21,10 +21,11 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
             "library/collections.abc.html#$": (
                 "collections.abc.Callable collections.abc.Collection collections.abc.Generator collections.abc.Hashable "
                 "collections.abc.Iterable collections.abc.Iterator collections.abc.Mapping "
-                "collections.abc.MutableMapping collections.abc.Sequence collections.abc.Set"
+                "collections.abc.MutableMapping collections.abc.Sequence collections.abc.Set "
+                "Iterable=collections.abc.Iterable Mapping=collections.abc.Mapping Sequence=collections.abc.Sequence"
             ),
             "library/pathlib.html#$": "pathlib.Path",
-            "library/typing.html#$": "typing.Any typing.NamedTuple typing.Protocol typing.Self",
+            "library/typing.html#$": "typing.Any Any=typing.Any Literal=typing.Literal typing.NamedTuple typing.Protocol typing.Self",
             "library/os.html#$": "os.PathLike",
         },
         "data": {
@@ -42,11 +43,11 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
     },
     "numpy": {
         "class": {
-            "reference/generated/$.html#$": "numpy.ndarray numpy.dtype numpy.generic",
+            "reference/generated/$.html#$": "numpy.ndarray numpy.dtype numpy.generic np.ndarray=numpy.ndarray",
             "reference/arrays.scalars.html#$": (
                 "numpy.bool numpy.bool_ numpy.float64 numpy.floating numpy.int64 numpy.integer numpy.number"
             ),
-            "reference/random/generator.html#$": "numpy.random.Generator",
+            "reference/random/generator.html#$": "numpy.random.Generator np.random.Generator=numpy.random.Generator",
             "reference/typing.html#$": "numpy.typing.ArrayLike numpy.typing.NDArray",
         },
         "data": {"reference/typing.html#$": "numpy.typing.ArrayLike numpy.typing.NDArray"},
@@ -58,7 +59,9 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
             "reference/api/$.html#$": (
                 "pandas.Categorical pandas.DataFrame pandas.Index pandas.Series "
                 "pandas.core.frame.DataFrame=pandas.DataFrame pandas.core.indexes.base.Index=pandas.Index "
-                "pandas.core.series.Series=pandas.Series"
+                "pandas.core.series.Series=pandas.Series "
+                # names as they stand in annotations that cannot be evaluated, because an import is for typing only
+                "pd.DataFrame=pandas.DataFrame pd.Index=pandas.Index pd.Series=pandas.Series"
             ),
         },
     },
@@ -67,7 +70,7 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
             "reference/generated/$.html#$": (
                 "scipy.sparse.csc_matrix scipy.sparse.csr_array scipy.sparse.csr_matrix scipy.sparse.sparray "
                 "scipy.sparse.spmatrix scipy.sparse._csr.csr_array=scipy.sparse.csr_array "
-                "scipy.sparse._csr.csr_matrix=scipy.sparse.csr_matrix"
+                "scipy.sparse._csr.csr_matrix=scipy.sparse.csr_matrix sp.csr_matrix=scipy.sparse.csr_matrix"
             ),
         },
         "function": {
@@ -140,8 +143,10 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
     },
     "matplotlib": {
         "class": {
-            "api/_as_gen/$.html#$": "matplotlib.axes.Axes",
-            "api/figure_api.html#$": "matplotlib.figure.Figure",
+            "api/_as_gen/$.html#$": (
+                "matplotlib.axes.Axes Axes=matplotlib.axes.Axes matplotlib.axes._axes.Axes=matplotlib.axes.Axes"
+            ),
+            "api/figure_api.html#$": "matplotlib.figure.Figure Figure=matplotlib.figure.Figure",
         },
     },
     "networkx": {"class": {"reference/classes/digraph.html#$": "networkx.DiGraph"}},

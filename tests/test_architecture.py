@@ -42,7 +42,7 @@ def folder_of(module: str) -> str:
     parts = module.split(".")[1:]
     if parts[:2] == ["module", "base"]:
         return "module/base"
-    return parts[0] if parts and (SOURCE / parts[0]).is_dir() else ""
+    return parts[0] if parts and parts[0] in ALLOWED else ""
 
 
 def imported_names(tree: ast.AST) -> set[str]:
@@ -67,7 +67,8 @@ def module_of(name: str) -> str:
     """``scvi_cradle.model._cradlevae`` for ``scvi_cradle.model._cradlevae.CradleVAE``."""
     parts = name.split(".")
     path = SOURCE.joinpath(*parts[1:])
-    return name if path.is_dir() or path.with_suffix(".py").is_file() else ".".join(parts[:-1])
+    is_folder = "/".join(parts[1:]) in ALLOWED
+    return name if is_folder or path.with_suffix(".py").is_file() else ".".join(parts[:-1])
 
 
 def public_modules(folder: str) -> set[str]:
