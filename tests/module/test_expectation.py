@@ -1,0 +1,110 @@
+"""Expected log-normalised expression: the integral and its table against sums over counts and against draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from scvi_cradle.module.base import LogNormalizedExpectation
+from scvi_cradle.module.base._expectation import expected_log1p_scaled
+
+THETAS = np.array([0.02, 0.3, 1.0, 7.0, 300.0])
+RATES = np.array([1e-6, 1e-3, 0.04, 0.7, 5.0, 60.0, 900.0])
+LIBRARIES = np.array([300.0, 5_000.0, 60_000.0])
+
+
+def brute_force(mu, theta, scale):
+    """``sum_x NB(x; mu, theta) log(1 + scale x)`` by the recursion of probabilities, to a tail below 1e-12."""
+    n = int(mu + 60 * math.sqrt(mu + mu**2 / theta) + 40 / math.log1p(theta / mu) + 50)
+    x = np.arange(n)
+    steps = np.log((x[:-1] + theta) / (x[:-1] + 1)) + math.log(mu / (mu + theta))
+    log_p = -theta * math.log1p(mu / theta) + np.concatenate([[0.0], np.cumsum(steps)])
+    p = np.exp(log_p)
+    assert abs(p.sum() - 1) < 1e-9
+    return float(p @ np.log1p(scale * x))
+
+
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_integral_equals_the_sum(theta, library):
+    scale = 1e4 / library
+    expected = np.array([brute_force(mu, theta, scale) for mu in RATES])
+    value = expected_log1p_scaled(RATES, np.array(theta), np.array(scale))
+    np.testing.assert_allclose(value, expected, atol=1e-8, rtol=0)
+
+
+def test_integral_broadcasts_as_the_table_does():
+    value = expected_log1p_scaled(RATES[None, None], THETAS[None, :, None], (1e4 / LIBRARIES)[:, None, None])
+    assert value.shape == (3, 5, 7)
+    single = expected_log1p_scaled(RATES[4:5], THETAS[1:2], 1e4 / LIBRARIES[2:])
+    assert value[2, 1, 4] == pytest.approx(single.item(), abs=1e-9)
+
+
+def test_integral_has_the_limits_of_small_rates_and_of_a_constant():
+    # one count at most: P(1) log(1 + c); no spread: log(1 + c mu)
+    assert expected_log1p_scaled(np.array(1e-7), np.array(2.0), np.array(10.0)) == pytest.approx(
+        1e-7 * math.log(11), rel=1e-6
+    )
+    assert expected_log1p_scaled(np.array(1e6), np.array(1e9), np.array(1.0)) == pytest.approx(
+        math.log1p(1e6), abs=1e-6
+    )
+
+
+def test_table_is_within_a_thousandth_of_the_sum():
+    rng = np.random.default_rng(0)
+    theta = np.exp(rng.uniform(math.log(0.02), math.log(300), 12))
+    table = LogNormalizedExpectation(torch.as_tensor(theta), LIBRARIES)
+    worst = 0.0
+    for index, library in enumerate(LIBRARIES):
+        shares = np.exp(rng.uniform(math.log(1e-6), math.log(0.2), (6, 12)))
+        mu = shares * library
+        value = table(torch.as_tensor(mu, dtype=torch.float32), index).numpy()
+        expected = [
+            [brute_force(m, t, 1e4 / library) / math.log(2) for m, t in zip(row, theta, strict=True)] for row in mu
+        ]
+        worst = max(worst, float(np.abs(value - expected).max()))
+    assert worst < 1e-3
+
+
+def test_table_is_within_a_thousandth_of_the_integral_everywhere():
+    theta = np.exp(np.linspace(-10, 10, 61))  # all that the decoder can reach
+    libraries = np.array([200.0, 3_000.0, 1e5])
+    table = LogNormalizedExpectation(torch.as_tensor(theta), libraries)
+    for index, library in enumerate(libraries):
+        mu = np.exp(np.linspace(math.log(2e-6), math.log(library), 157))
+        value = table(torch.as_tensor(mu, dtype=torch.float32)[:, None].expand(-1, 61), index).numpy()
+        expected = expected_log1p_scaled(mu[:, None], theta[None], np.array(1e4 / library)) / math.log(2)
+        assert np.abs(value - expected).max() < 1e-3, library
+
+
+def test_table_of_one_dispersion_and_rates_outside_its_range():
+    table = LogNormalizedExpectation(torch.ones(2), np.array([1e4]))
+    mu = torch.tensor([[0.0, 1e-12], [1e4, 1e4]])
+    value = table(mu, 0)
+    assert torch.isfinite(value).all()
+    assert (value[0].abs() < 2e-6).all()
+    expected = brute_force(1e4, 1.0, 1.0) / math.log(2)
+    assert value[1, 0].item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_table_agrees_with_draws():
+    rng = np.random.default_rng(3)
+    theta, library, n = np.array([0.2, 2.0, 50.0]), 4_000.0, 200_000
+    mu = np.array([0.3, 8.0, 200.0])
+    x = rng.poisson(rng.gamma(theta, mu / theta, (n, 3)))
+    draws = np.log2(1 + 1e4 * x / library)
+    table = LogNormalizedExpectation(torch.as_tensor(theta), np.array([library]))
+    value = table(torch.as_tensor(mu, dtype=torch.float32)[None], 0).numpy()[0]
+    error = draws.std(0) / math.sqrt(n)
+    assert (np.abs(draws.mean(0) - value) < 4.5 * error + 1e-3).all()
+    assert (error < 0.01).all()
+
+
+def test_brute_force_agrees_with_scipy():
+    x = np.arange(2_000)
+    expected = stats.nbinom.pmf(x, 0.7, 0.7 / 12.7) @ np.log1p(3 * x)
+    assert brute_force(12.0, 0.7, 3.0) == pytest.approx(expected, abs=1e-12)
