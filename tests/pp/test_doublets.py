@@ -73,6 +73,13 @@ def test_too_few_cells_or_genes_are_not_called(shape):
     assert not adata.obs["artifact"].any()
 
 
+def test_cells_without_counts_do_not_make_a_batch_large_enough():
+    counts = sp.vstack([mixture(25, n_doublets=5), sp.csr_matrix((20, 300), dtype=np.float32)], format="csr")
+    calls, notes = call_doublets(counts, "scrublet", batches=None, seed=0)
+    assert notes[0].startswith("`doublet`, batch 'all': 25 cells and ")
+    assert not calls.any()
+
+
 def test_few_variable_genes_do_not_stop_the_call():
     rng = np.random.default_rng(0)
     counts = sp.csr_matrix(rng.poisson(np.repeat([2.0, 30.0], 20), size=(60, 40)).astype(np.float32))

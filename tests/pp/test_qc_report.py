@@ -54,7 +54,7 @@ def test_numbers_by_hand():
     [
         ((10, 90), (60, 40), True),
         ((60, 40), (10, 90), False),  # fails less often
-        ((1000, 9000), (1600, 8400), False),  # certain, but only 6 points above
+        ((100, 9900), (600, 9400), False),  # certain, odds ratio 6, but only 5 points above
         ((5000, 5000), (6400, 3600), False),  # certain and 14 points above, odds ratio 1.8
         ((2, 8), (4, 6), False),  # 20 points above by chance
         ((0, 100), (60, 40), True),
