@@ -56,7 +56,7 @@ class LabelRule:
         ValueError
             For a missing or empty label and for a label with an empty part (``"A+"``).
         """
-        if pd.isna(label):  # type: ignore[call-overload]
+        if pd.isna(label):
             if self.missing_is_control:
                 return ()
             msg = "Perturbation labels must not be missing; received NaN: drop these cells, or pass `control=[..., None]` if they are controls."

@@ -198,7 +198,9 @@ def dosage_labels(adata: AnnData, obsm_key: str, rule: LabelRule) -> pd.Categori
 
 def label_rule(state_registry: dict[str, Any]) -> LabelRule:
     """Return the rule for reading labels that a registry holds."""
-    return LabelRule(tuple(state_registry["control"]), state_registry["sep"], bool(state_registry["missing_is_control"]))
+    return LabelRule(
+        tuple(state_registry["control"]), state_registry["sep"], bool(state_registry["missing_is_control"])
+    )
 
 
 def label_table(state_registry: dict[str, Any]) -> LabelTable:

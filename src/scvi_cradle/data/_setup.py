@@ -13,10 +13,10 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager, fields
 
+from scvi_cradle._association import association_table
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
 from scvi_cradle._matrix import check_counts, get_matrix, row_sums
-from scvi_cradle._qc import association_table
 from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
 from scvi_cradle.data._fields import (
     ARTIFACT_REMEDY,
@@ -52,7 +52,11 @@ class SetupArguments:
     @property
     def obs_keys(self) -> dict[str, str]:
         """Columns of ``obs`` that the arguments name, by argument."""
-        named = {"perturbation_key": self.perturbation_key, "artifact_key": self.artifact_key, "batch_key": self.batch_key}
+        named = {
+            "perturbation_key": self.perturbation_key,
+            "artifact_key": self.artifact_key,
+            "batch_key": self.batch_key,
+        }
         keys = {argument: key for argument, key in named.items() if key is not None}
         for argument in ("categorical_covariate_keys", "continuous_covariate_keys"):
             keys |= {f"{argument}[{i}]": key for i, key in enumerate(getattr(self, argument) or [])}
@@ -120,7 +124,14 @@ def _fields(data: AnnData | MuData, a: SetupArguments) -> list[Any]:
         return wrapped(*args, mod_key=a.modality if in_rna else None, **kw)
 
     key = a.perturbation_key or str(a.perturbation_obsm_key)
-    x = field(fields.LayerField, fields.MuDataLayerField, REGISTRY_KEYS.X_KEY, a.layer, is_count_data=False, correct_data_format=False)
+    x = field(
+        fields.LayerField,
+        fields.MuDataLayerField,
+        REGISTRY_KEYS.X_KEY,
+        a.layer,
+        is_count_data=False,
+        correct_data_format=False,
+    )
     anndata_fields = [
         x,
         field(PerturbationField, MuDataPerturbationField, key, a.rule, a.perturbation_obsm_key, key=a.perturbation_key),
@@ -184,7 +195,9 @@ def check_setup(adata: AnnData, a: SetupArguments) -> None:
     check_counts(matrix, where)
     empty = int((row_sums(matrix) == 0).sum())
     if empty:
-        _warn(f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets.")
+        _warn(
+            f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets."
+        )
     if flags is not None:
         _warn_confounded(labels, flags, a.rule.control_name)
 
@@ -235,7 +248,9 @@ def _check_flags(adata: AnnData, a: SetupArguments) -> np.ndarray | None:
         msg = f"At least one cell must have passed QC; received `obs[{a.artifact_key!r}]` with True (= failed) for all {len(flags)} cells."
         raise ValueError(msg)
     if not flags.any():
-        _warn(f"No cell failed QC in `obs[{a.artifact_key!r}]`: the model trains without the counterfactual term and learns no artifact.")
+        _warn(
+            f"No cell failed QC in `obs[{a.artifact_key!r}]`: the model trains without the counterfactual term and learns no artifact."
+        )
     return flags
 
 

@@ -3,6 +3,7 @@
 from scvi_cradle.metrics._divergences import bernoulli_kl, gaussian_kl
 from scvi_cradle.metrics._effects import average_treatment_effects
 from scvi_cradle.metrics._evaluate import evaluate
+from scvi_cradle.metrics._qc import qc_pass_rate
 from scvi_cradle.metrics._replicate import replicate_ceiling
 from scvi_cradle.metrics._scores import ate_pearson, ate_r2, jaccard_top_k, pearson_delta, perturbation_discrimination
 
@@ -16,5 +17,6 @@ __all__ = [
     "jaccard_top_k",
     "pearson_delta",
     "perturbation_discrimination",
+    "qc_pass_rate",
     "replicate_ceiling",
 ]

@@ -19,9 +19,16 @@ from scvi_cradle.data import check_query, label_rule, label_table
 
 
 class LabelledModel(BaseModelClass):
-    """Labels, genes and query checks; a mix-in for model classes."""
+    """Labels, genes and query checks."""
 
+    module: Any
     label_counts_: dict[str, int] | None
+    libraries_: dict[str, np.ndarray] | None
+    references_: dict[str, Any] | None
+    diagnostics_: dict[str, float] | None
+    qc_record_: dict[str, Any] | None
+    _architecture: dict[str, Any]
+    _training_settings: dict[str, Any]
 
     # ---- registry ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +95,10 @@ class LabelledModel(BaseModelClass):
             raise RuntimeError(msg)
         return self.label_counts_
 
+    @property
+    def _library_pool(self) -> dict[str, np.ndarray]:
+        return self.libraries_ or {}
+
     def _members(self, labels: Sequence[str]) -> np.ndarray:
         """Return the treatments of canonical labels, padded with -1."""
         treatments = self._table.treatments
@@ -128,7 +139,11 @@ class LabelledModel(BaseModelClass):
 
     def _loader(self, adata: AnnData | MuData | None, indices: Sequence[int] | None, batch_size: int | None) -> Any:
         data = self._validate_anndata(adata)
-        return self._make_data_loader(data, indices=check_indices(indices, data.n_obs), batch_size=batch_size)
+        positions = check_indices(indices, data.n_obs)
+        if getattr(data, "isbacked", False) and (np.diff(positions) < 0).any():
+            msg = "`indices` of a backed AnnData must be in ascending order; received another order: sort them."
+            raise ValueError(msg)
+        return self._make_data_loader(data, indices=positions, batch_size=batch_size)
 
 
 def check_indices(indices: Sequence[int] | np.ndarray | None, n_obs: int) -> np.ndarray:

@@ -20,17 +20,14 @@ from scvi_cradle._constants import QC_UNS_KEY
 from scvi_cradle._labels import LabelRule
 from scvi_cradle._validation import check_one_of, check_positive, check_probability
 from scvi_cradle.data import SetupArguments, build_manager
-from scvi_cradle.model._base import LabelledModel
 from scvi_cradle.model._effects import EffectsMixin
-from scvi_cradle.model._generation import GenerationMixin
-from scvi_cradle.model._inference import InferenceMixin
-from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.module import CradleVAEModule
 
 CHOICES = {
     "posterior": ("correlated", "correlated_basal", "correlated_embedding", "mean_field"),
     "combine": ("concat", "sum"),
+    "effect_path": ("linear", "decoder", "both"),
     "artifact_latent": ("gaussian", "embedding"),
     "draws": ("cell", "batch"),
     "kl": ("analytic", "sampled"),
@@ -45,9 +42,7 @@ POSITIVE = ("embedding_prior_scale", "embedding_init_scale", "artifact_init_scal
 MODEL_ONLY = ("mask_prior_prob", "mask_init_logits", "output_bias")
 
 
-class CradleVAE(
-    TrainingMixin, GenerationMixin, EffectsMixin, InferenceMixin, QualityMixin, LabelledModel
-):
+class CradleVAE(TrainingMixin, EffectsMixin):
     """CRADLE-VAE: perturbation effects and technical artifacts as separate latent variables (Baek et al. 2024).
 
     A cell's counts come from a basal state ``z_b``, sparse effects of its treatments ``z_p`` and, if the cell failed
@@ -82,8 +77,9 @@ class CradleVAE(
         Temperature of the relaxed Bernoulli masks [1].
     combine
         ``"concat"`` (recommended) or ``"sum"`` of the latent parts in the decoder.
-    linear_skip
-        Linear path from ``z_p`` to the logits [True].
+    effect_path
+        How ``z_p`` reaches the logits: by a ``"linear"`` map, so that effects add up on the log scale (recommended: best
+        on unseen combinations), through the hidden layers of the ``"decoder"`` (published), or ``"both"``.
     artifact_latent
         ``"gaussian"`` (recommended), or ``"embedding"``: a plain vector, the ablation "w/o Causal".
     draws, n_particles
@@ -142,7 +138,7 @@ class CradleVAE(
         mask_init_logits: float | None = None,
         gs_temperature: float | None = None,
         combine: str | None = None,
-        linear_skip: bool | None = None,
+        effect_path: str | None = None,
         artifact_latent: str | None = None,
         draws: str | None = None,
         n_particles: int | None = None,
@@ -177,10 +173,7 @@ class CradleVAE(
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},
         )
         self.module.set_labels(self._table.padded_members())
-        self.label_counts_: dict[str, int] | None = None
-        self.libraries_: dict[str, np.ndarray] | None = None
-        self.references_: dict[str, Any] | None = None
-        self.diagnostics_: dict[str, float] | None = None
+        self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = None
         self.qc_record_ = stored_qc_record(self.adata, self._artifact_key)
         self._model_summary_string = (
             f"CradleVAE with {len(self._genes)} genes, {len(self._table.treatments)} treatments, "
@@ -367,5 +360,3 @@ def stored_qc_record(data: AnnData | MuData | None, artifact_key: str | None) ->
     sources = [data, *(data.mod.values() if isinstance(data, MuData) else ())]
     records = [s.uns[QC_UNS_KEY] for s in sources if QC_UNS_KEY in s.uns]
     return copy.deepcopy(dict(records[0])) if records and records[0].get("key_added") == artifact_key else None
-
-

@@ -22,17 +22,17 @@ from scvi_cradle.model._draws import (
     make_generator,
     sample_counts,
 )
-from scvi_cradle.module.base import LogNormalizedExpectation, softmax_rates
+from scvi_cradle.module.base import LogNormalizedExpectation, Pairs, softmax_rates
 
 N_MASK_DRAWS = 64
 
 
-class EffectsMixin:
-    """Average treatment effects; a mix-in beside :class:`LabelledModel`."""
+class EffectsMixin(LabelledModel):
+    """Average treatment effects."""
 
     @torch.inference_mode()
     def get_average_treatment_effects(
-        self: LabelledModel,
+        self,
         perturbations: str | Sequence[str] | None = None,
         *,
         n_particles: int = 500,
@@ -81,16 +81,16 @@ class EffectsMixin:
         module, device = self.module, self.module.device
         generator = make_generator(seed, device)
         rng = np.random.default_rng(generator.initial_seed())
-        libraries = draw_libraries(self.libraries_, n_particles, library_size, artifact=False, batch=None, rng=rng)
+        libraries = draw_libraries(self._library_pool, n_particles, library_size, artifact=False, batch=None, rng=rng)
         grid, group = library_grid(libraries.total)
-        tensors = as_module_input(covariate_tensors(self.libraries_, libraries.rows), device)
+        tensors = as_module_input(covariate_tensors(self._library_pool, libraries.rows), device)
         transform = _Transform(module.decoder.theta, grid, group, method, expectation, generator)
-        module.set_labels(self._members([control, *labels]))
+        members = torch.as_tensor(self._members([control, *labels]), device=device)
         n_latent = module.effects.mask_logits.shape[1]
         z_basal = torch.randn(1, n_particles, n_latent, generator=generator, device=device)
 
         def expression(code: int, z: Tensor) -> Tensor:
-            pairs = module.pairs(torch.full((n_particles,), code, device=device))
+            pairs = Pairs.from_members(members[code].expand(n_particles, -1))
             draw = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
             z_perturbation = draw.to_cells(draw.rows, pairs)
             return transform(module.decoder(z, z_perturbation, torch.zeros_like(z), module.covariates(tensors))[0])
@@ -112,7 +112,7 @@ class EffectsMixin:
         return effects
 
     @torch.inference_mode()
-    def get_perturbation_effects(self: LabelledModel) -> AnnData:
+    def get_perturbation_effects(self) -> AnnData:
         """Return the latent effect of every treatment.
 
         Returns
@@ -147,7 +147,13 @@ class _Transform:
     """From logits to (expected or sampled) expression on the scale of the effects."""
 
     def __init__(
-        self, theta: Tensor, grid: np.ndarray, group: np.ndarray, method: str, expectation: str, generator: torch.Generator
+        self,
+        theta: Tensor,
+        grid: np.ndarray,
+        group: np.ndarray,
+        method: str,
+        expectation: str,
+        generator: torch.Generator,
     ) -> None:
         self.theta, self.method, self.sampled, self.generator = theta, method, expectation == "sample", generator
         self.groups = [torch.as_tensor(np.flatnonzero(group == g), device=theta.device) for g in range(len(grid))]
@@ -168,5 +174,3 @@ class _Transform:
         if self.method == "mean":
             return counts
         return torch.log2(1 + COUNTS_PER_CELL * counts / counts.sum(1, keepdim=True).clamp_min(1))
-
-

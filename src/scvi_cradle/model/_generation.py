@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from mudata import MuData
 from scvi import settings
 from torch import Generator, Tensor
 
@@ -17,18 +18,18 @@ from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL, KE
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel, check_indices
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
-from scvi_cradle.module.base import softmax_rates
+from scvi_cradle.module.base import Pairs, softmax_rates
 
 Output = Literal["counts", "mean", "normalized"]
 OUTPUTS = ("counts", "mean", "normalized")
 
 
-class GenerationMixin:
-    """New cells from the prior and counterfactuals of given cells; a mix-in beside :class:`LabelledModel`."""
+class GenerationMixin(LabelledModel):
+    """New cells from the prior and counterfactuals of given cells."""
 
     @torch.inference_mode()
     def get_generated_expression(
-        self: LabelledModel,
+        self,
         perturbations: str | Sequence[str] | None = None,
         *,
         n_samples: int = 100,
@@ -80,26 +81,26 @@ class GenerationMixin:
         check_positive("n_samples", n_samples, integer=True)
         generator, rng = _randomness(self, seed)
         draw = draw_libraries(
-            self.libraries_, n_samples, library_size, artifact=bool(artifact), batch=self._batch_code(batch), rng=rng
+            self._library_pool, n_samples, library_size, artifact=bool(artifact), batch=self._batch_code(batch), rng=rng
         )
-        covariates = covariate_tensors(self.libraries_, draw.rows)
-        self.module.set_labels(self._members(labels))
+        covariates = covariate_tensors(self._library_pool, draw.rows)
+        members = torch.as_tensor(self._members(labels), device=self.module.device)
         blocks = []
-        for code in range(len(labels)):
+        for row in members:
             for rows in _blocks(n_samples, batch_size):
                 tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, self.module.device)
-                label = torch.full((len(rows),), code, device=self.module.device)
-                logits = prior_logits(self.module, label, tensors, artifact=bool(artifact), generator=generator)
+                pairs = Pairs.from_members(row.expand(len(rows), -1))
+                logits = prior_logits(self.module, pairs, tensors, artifact=bool(artifact), generator=generator)
                 library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
                 blocks.append(_emit(self.module, logits, library, output, generator))
-        obs = self._generated_obs(labels, n_samples, bool(artifact))
+        obs = self._generated_obs(labels, n_samples, artifact=bool(artifact))
         obs["library_size"] = np.tile(draw.total, len(labels))
-        self._add_batch(obs, np.tile(self.libraries_["batch"][draw.rows], len(labels)))
+        self._add_batch(obs, np.tile(self._library_pool["batch"][draw.rows], len(labels)))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
 
     @torch.inference_mode()
     def get_counterfactual_expression(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -144,46 +145,42 @@ class GenerationMixin:
         positions = check_indices(indices, data.n_obs)
         targets = self._target_labels(perturbation, len(positions))
         loader = self._make_data_loader(data, indices=positions, batch_size=batch_size)
-        observed_members = self.module.label_members
         generator, _ = _randomness(self, seed)
         blocks, start = [], 0
         for tensors in loader:
             tensors = as_module_input(tensors, self.module.device)
             inputs = self.module._get_inference_input(tensors)
-            self.module.label_members = observed_members
             latent = self.module.inference(**inputs, n_samples=1, generator=generator)["latent"]
             z_perturbation, n = latent.z_perturbation, len(inputs["x"])
             if targets is not None:
                 z_perturbation = self._target_effects(targets[start : start + n], generator)
             z_artifact = latent.artifact_vector * float(bool(artifact)) + torch.zeros_like(latent.z_basal)
-            logits = self.module.decoder(
-                latent.z_basal, z_perturbation, z_artifact, self.module.covariates(tensors)
-            )[0]
+            logits = self.module.decoder(latent.z_basal, z_perturbation, z_artifact, self.module.covariates(tensors))[0]
             library = _own_library(inputs["x"], library_size)
             blocks.append(_emit(self.module, logits, library, output, generator))
             start += n
-        obs = self._counterfactual_obs(data.obs.iloc[positions], targets, bool(artifact))
+        obs = self._counterfactual_obs(data, positions, targets, artifact=bool(artifact))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
 
-    def _target_labels(self: LabelledModel, perturbation: str | Sequence[str] | None, n: int) -> list[str] | None:
+    def _target_labels(self, perturbation: str | Sequence[str] | None, n: int) -> list[str] | None:
         if perturbation is None:
             return None
         if isinstance(perturbation, str):
             return self._requested_labels(perturbation) * n
         if len(perturbation) != n:
-            msg = f"`perturbation` must be one label, or one per cell; received {len(perturbation)} labels for {n} cells."
+            msg = (
+                f"`perturbation` must be one label, or one per cell; received {len(perturbation)} labels for {n} cells."
+            )
             raise ValueError(msg)
         return self._requested_labels(list(perturbation)) if n else []
 
-    def _target_effects(self: LabelledModel, labels: list[str], generator: Generator) -> Tensor:
+    def _target_effects(self, labels: list[str], generator: Generator) -> Tensor:
         """Draw the effects of one label per cell, shape ``(1, n_cells, n_latent)``."""
-        module = self.module
-        module.label_members = torch.as_tensor(self._members(labels), device=module.device)
-        pairs = module.pairs(torch.arange(len(labels), device=module.device))
-        draw = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
+        pairs = Pairs.from_members(torch.as_tensor(self._members(labels), device=self.module.device))
+        draw = self.module.effects.draw(pairs, 1, per_cell=True, generator=generator)
         return draw.to_cells(draw.rows, pairs)
 
-    def _generated_obs(self: LabelledModel, labels: list[str], n_samples: int, artifact: bool) -> pd.DataFrame:
+    def _generated_obs(self, labels: list[str], n_samples: int, *, artifact: bool) -> pd.DataFrame:
         counts = self._trained_counts()
         names = pd.Categorical(np.repeat(labels, n_samples), categories=list(dict.fromkeys(labels)))
         seen = np.where([counts.get(label, 0) > 0 for label in labels], "seen", "unseen combination")
@@ -194,40 +191,38 @@ class GenerationMixin:
         obs[COLUMNS.SEEN] = pd.Categorical(np.repeat(seen, n_samples))
         return obs
 
-    def _add_batch(self: LabelledModel, obs: pd.DataFrame, codes: np.ndarray) -> None:
+    def _add_batch(self, obs: pd.DataFrame, codes: np.ndarray) -> None:
         state = self._state("batch")
         if len(state["categorical_mapping"]) > 1:
             obs[state["original_key"]] = pd.Categorical.from_codes(codes, categories=self._batches)
 
     def _counterfactual_obs(
-        self: LabelledModel, observed: pd.DataFrame, targets: list[str] | None, artifact: bool
+        self, data: AnnData | MuData, positions: np.ndarray, targets: list[str] | None, *, artifact: bool
     ) -> pd.DataFrame:
-        obs = observed.drop(columns=[c for c in observed if str(c).startswith("_scvi")])
-        state, flag = self._state(KEYS.PERTURBATION), self._artifact_key
-        key = COLUMNS.PERTURBATION if state["from_dosage"] else self._perturbation_key
-        codes = observed[f"_scvi_{KEYS.PERTURBATION}"].to_numpy() if f"_scvi_{KEYS.PERTURBATION}" in observed else None
-        old = observed[key] if key in observed else None
-        if old is not None:
-            obs[COLUMNS.PERTURBATION_OBSERVED] = old.to_numpy()
-        if targets is not None:
-            obs[key] = pd.Categorical(targets)
-        elif old is None and codes is not None:
-            obs[key] = pd.Categorical([self._table.labels[c] for c in codes])
-        if flag is not None:
-            obs[f"{flag}_observed"] = observed[flag].to_numpy()
-            obs[flag] = artifact
+        manager = self.get_anndata_manager(data, required=True)
+        state = manager.get_state_registry(KEYS.PERTURBATION)
+        codes = np.asarray(manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions].astype(int)
+        observed = np.array(state["labels"], dtype=object)[codes]
+        cells = data.obs.iloc[positions]
+        obs = cells.drop(columns=[c for c in cells if str(c).startswith("_scvi")])
+        key = COLUMNS.PERTURBATION if state["from_dosage"] else state["original_key"]
+        obs[COLUMNS.PERTURBATION_OBSERVED] = pd.Categorical(observed)
+        obs[key] = pd.Categorical(observed if targets is None else targets)
+        if self._artifact_key is not None:
+            flags = np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
+            obs[f"{self._artifact_key}_observed"] = flags
+            obs[self._artifact_key] = artifact
         return obs
 
 
 def prior_logits(
-    module: Any, label: Tensor, tensors: dict[str, Tensor], *, artifact: bool, generator: Generator
+    module: Any, pairs: Pairs, tensors: dict[str, Tensor], *, artifact: bool, generator: Generator
 ) -> Tensor:
     """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them."""
-    pairs = module.pairs(label)
     effects = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
     z_perturbation = effects.to_cells(effects.rows, pairs)  # (1, n, D)
-    z_basal = torch.randn(z_perturbation.shape, generator=generator, device=label.device)
-    vector, _ = module.artifact.draw(1, len(label), generator=generator)
+    z_basal = torch.randn(z_perturbation.shape, generator=generator, device=z_perturbation.device)
+    vector, _ = module.artifact.draw(1, pairs.n_cells, generator=generator)
     z_artifact = vector if artifact else torch.zeros_like(z_basal)
     return module.decoder(z_basal, z_perturbation, z_artifact, module.covariates(tensors))[0]
 

@@ -19,12 +19,12 @@ from scvi_cradle.model._draws import as_module_input
 from scvi_cradle.module.base import importance_weighted_bound
 
 
-class InferenceMixin:
-    """Posterior queries; a mix-in beside :class:`LabelledModel`."""
+class InferenceMixin(LabelledModel):
+    """Posterior queries."""
 
     @torch.inference_mode()
     def get_latent_representation(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -65,7 +65,7 @@ class InferenceMixin:
 
     @torch.inference_mode()
     def get_iwelbo(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -102,7 +102,9 @@ class InferenceMixin:
             globals_ = _draw_globals(self.module, torch.Generator(device=device).manual_seed(seed + particle))
             local = torch.Generator(device=device).manual_seed(seed + n_particles + particle)
             for i, tensors in enumerate(loader):
-                log_weight = _log_weight(self.module, as_module_input(tensors, device), globals_, score_global, local)
+                log_weight = _log_weight(
+                    self.module, as_module_input(tensors, device), globals_, local, score_global=score_global
+                )
                 if particle == 0:
                     weights.append([])
                 weights[i].append(log_weight)
@@ -112,7 +114,7 @@ class InferenceMixin:
 
     @torch.inference_mode()
     def get_elbo(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -132,7 +134,7 @@ class InferenceMixin:
 
     @torch.inference_mode()
     def get_reconstruction_error(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -149,18 +151,14 @@ class InferenceMixin:
             n += len(tensors[REGISTRY_KEYS.X_KEY])
         return {"reconstruction_loss": total / n}
 
-    def _batches_with_outputs(
-        self: LabelledModel, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any
-    ) -> Any:
+    def _batches_with_outputs(self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any) -> Any:
         self._check_if_trained(warn=False)
         self.module.eval()
         for tensors in self._loader(adata, indices, batch_size):
             tensors = as_module_input(tensors, self.module.device)
             yield tensors, self.module.inference(**self.module._get_inference_input(tensors), **kwargs)
 
-    def _latent_batches(
-        self: LabelledModel, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any
-    ) -> Any:
+    def _latent_batches(self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any) -> Any:
         for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, **kwargs):
             yield tensors, outputs["latent"]
 
@@ -190,7 +188,12 @@ def _draw_globals(module: Any, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _log_weight(
-    module: Any, tensors: dict[str, Tensor], globals_: dict[str, Tensor], score_global: bool, generator: torch.Generator
+    module: Any,
+    tensors: dict[str, Tensor],
+    globals_: dict[str, Tensor],
+    generator: torch.Generator,
+    *,
+    score_global: bool,
 ) -> Tensor:
     """Return ``log p(x | .) + log p(z_b) - log q(z_b)`` of cells at one draw of the global variables, ``(n_cells,)``."""
     inputs = module._get_inference_input(tensors)
@@ -202,15 +205,15 @@ def _log_weight(
     )[None]
     z_artifact = (globals_["vector"] * artifact)[None]
     first = module.encoder.first
-    offsets = [first.project(k, v) for k, v in (("perturbation", z_perturbation), ("artifact", z_artifact)) if k in module.offsets]
+    offsets = [
+        first.project(k, v)
+        for k, v in (("perturbation", z_perturbation), ("artifact", z_artifact))
+        if k in module.offsets
+    ]
     q = module.encoder(first.project("x", module.standardize(x))[None], *offsets)
     noise = torch.randn(q.loc.shape, generator=generator, device=x.device)
     z_basal = q.loc + q.scale * noise
-    hidden = sum(
-        module.decoder.project(part, z)
-        for part, z in (("basal", z_basal), ("perturbation", z_perturbation), ("artifact", z_artifact))
-    )
-    features = module.decoder.features(hidden, z_perturbation, module.covariates(tensors))
+    features = module.decoder.features(z_basal, z_perturbation, z_artifact, module.covariates(tensors))
     library = x.sum(1, keepdim=True).clamp_min(1)
     log_weight = module.decoder.log_prob(x, features, library)
     log_weight = log_weight + (-0.5 * (z_basal.square() + math.log(2 * math.pi)) - q.log_prob(z_basal)).sum(-1)

@@ -9,14 +9,16 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from anndata import AnnData
+from anndata import AnnData, concat
 from mudata import MuData
 
 from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL, KEYS, QC_UNS_KEY
 from scvi_cradle._matrix import to_csr
 from scvi_cradle.data import label_table
-from scvi_cradle.model._base import LabelledModel, check_indices
+from scvi_cradle.model._base import check_indices
+from scvi_cradle.model._generation import GenerationMixin
+from scvi_cradle.model._inference import InferenceMixin
 
 MAX_CELLS = 1_500
 MIN_CELLS = 40
@@ -25,11 +27,11 @@ COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = 0.5
 
 
-class QualityMixin:
-    """Diagnostics and evaluation; a mix-in beside :class:`LabelledModel`."""
+class QualityMixin(GenerationMixin, InferenceMixin):
+    """Diagnostics and evaluation."""
 
     @torch.inference_mode()
-    def get_diagnostics(self: LabelledModel, *, seed: int = 0) -> dict[str, float]:
+    def get_diagnostics(self, *, seed: int = 0) -> dict[str, float]:
         """Measure whether the basal state is in use, on at most 1,500 training cells.
 
         Computed after every training (attribute ``diagnostics_``), with a warning below 0.1 nats and below 0.5.
@@ -63,7 +65,7 @@ class QualityMixin:
             result["variance_ratio"] = ratio
         return result
 
-    def _variance_ratio(self: LabelledModel, train: np.ndarray, rng: np.random.Generator, seed: int) -> float | None:
+    def _variance_ratio(self, train: np.ndarray, rng: np.random.Generator, seed: int) -> float | None:
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[train].astype(int)
         passed = np.asarray(self.adata_manager.get_from_registry(KEYS.ARTIFACT)).ravel()[train] == 0
         if passed.sum() < MIN_CELLS:
@@ -97,7 +99,7 @@ class QualityMixin:
         return messages
 
     def qc_pass_rate(
-        self: LabelledModel,
+        self,
         perturbations: str | Sequence[str] | None = None,
         *,
         n_samples: int = 100,
@@ -152,7 +154,7 @@ class QualityMixin:
         return table
 
     def evaluate(
-        self: LabelledModel,
+        self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
         *,
@@ -188,8 +190,14 @@ class QualityMixin:
         """
         data = self._validate_anndata(adata)
         positions = self._held_out() if adata is None and indices is None else check_indices(indices, data.n_obs)
-        real = self._real_cells(data, positions, passed_only)
-        train = self._real_cells(self.adata, np.asarray(self.train_indices_), passed_only) if self.adata is not None else None
+        real = self._with_controls(
+            self._real_cells(data, positions, passed_only=passed_only), data, passed_only=passed_only
+        )
+        train = (
+            self._real_cells(self.adata, np.asarray(self.train_indices_), passed_only=passed_only)
+            if self.adata is not None
+            else None
+        )
         control = self._rule.control_name
         labels = [x for x in sorted(set(real.obs[COLUMNS.PERTURBATION])) if x != control]
         predicted = self.get_generated_expression(
@@ -208,14 +216,28 @@ class QualityMixin:
         table.attrs["diagnostics"] = self.diagnostics_
         return table
 
-    def _held_out(self: LabelledModel) -> np.ndarray:
+    def _held_out(self) -> np.ndarray:
         for held_out in (self.test_indices_, self.validation_indices_):
             if held_out is not None and len(held_out):
                 return np.asarray(held_out)
         msg = "There are no held-out cells; train with `split_key` or `train_size`, or pass `adata` or `indices`."
         raise ValueError(msg)
 
-    def _real_cells(self: LabelledModel, data: AnnData | MuData, positions: np.ndarray, passed_only: bool = False) -> AnnData:
+    def _with_controls(self, real: AnnData, data: AnnData | MuData, *, passed_only: bool) -> AnnData:
+        """Add control cells where the real cells hold none: those of the validation set, else of the training set."""
+        control = self._rule.control_name
+        if (real.obs[COLUMNS.PERTURBATION] == control).any() or data is not self.adata:
+            return real
+        for source in (self.validation_indices_, self.train_indices_):
+            if source is None or not len(source):
+                continue
+            cells = self._real_cells(data, np.asarray(source), passed_only=passed_only)
+            controls = cells[(cells.obs[COLUMNS.PERTURBATION] == control).to_numpy()]
+            if controls.n_obs:
+                return concat([real, controls], uns_merge="first")
+        return real
+
+    def _real_cells(self, data: AnnData | MuData, positions: np.ndarray, *, passed_only: bool = False) -> AnnData:
         """Return counts, canonical labels and flags of real cells as a plain AnnData."""
         manager = self.get_anndata_manager(data, required=True)
         labels = np.array(label_table(manager.get_state_registry(KEYS.PERTURBATION)).labels)

@@ -13,20 +13,21 @@ from scvi.model.base import UnsupervisedTrainingMixin
 from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_positive
 from scvi_cradle.data import TrainingStatistics, split_indices, training_statistics
-from scvi_cradle.model._base import LabelledModel, warn
+from scvi_cradle.model._base import warn
+from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
 
-MIN_STEPS, MIN_EPOCHS, N_VALIDATIONS = 2_000, 10, 100
+MIN_EPOCHS, N_VALIDATIONS = 5, 100
 PLAN_ARGUMENTS = ("lr", "weight_decay", "lr_schedule", "effect_lr_scale")
 
 
-class TrainingMixin(UnsupervisedTrainingMixin):
-    """``train`` of the models; a mix-in beside :class:`LabelledModel`."""
+class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
+    """``train`` of the models."""
 
     _training_plan_cls = PerturbationTrainingPlan
 
-    def train(  # type: ignore[override]
-        self: LabelledModel,
+    def train(
+        self,
         max_epochs: int | None = None,
         *,
         max_steps: int | None = None,
@@ -47,7 +48,8 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         Parameters
         ----------
         max_epochs
-            Number of epochs. Default: those that 2,000 steps take, at least 10, and no more than scvi-tools' heuristic
+            Number of epochs. Default: those that ``1,200 (n / 3,000)^(1/3)`` steps take, at least 5 (for ``n`` training
+            cells; 2,050 steps at 15,000 cells), and no more than scvi-tools' heuristic
             (400 epochs at 20,000 cells or fewer, in inverse proportion above); 2,000 for the papers' presets.
         max_steps
             Number of optimiser steps, instead of ``max_epochs``.
@@ -103,7 +105,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             trainer["max_steps"] = max_steps
         if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
-        super().train(  # type: ignore[misc]
+        super().train(
             max_epochs=max_epochs,
             batch_size=batch_size,
             early_stopping=early_stopping,
@@ -113,14 +115,16 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         )
         self._diagnose()
 
-    def _learn_from_training_cells(self: LabelledModel, train_indices: np.ndarray) -> None:
+    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
         """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
         table = self._table
         members = table.padded_members()
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel().astype(int)
         control = table.labels.index(self._rule.control_name)
         if not (codes[train_indices] == control).any():
-            msg = f"The training split must hold control cells; received {len(train_indices)} training cells without one."
+            msg = (
+                f"The training split must hold control cells; received {len(train_indices)} training cells without one."
+            )
             raise ValueError(msg)
         statistics = training_statistics(
             self.adata_manager,
@@ -132,10 +136,10 @@ class TrainingMixin(UnsupervisedTrainingMixin):
         )
         self._set_statistics(statistics, len(train_indices))
         self.module.set_labels(members)
-        self.module.set_references(statistics.reference_labels, statistics.reference_profiles.toarray(), statistics.pools)
-        self.label_counts_ = {
-            label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)
-        }
+        self.module.set_references(
+            statistics.reference_labels, statistics.reference_profiles.toarray(), statistics.pools
+        )
+        self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}
         self.libraries_ = statistics.libraries
         profiles = statistics.reference_profiles
         self.references_ = {
@@ -146,7 +150,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
             "indptr": profiles.indptr,
         }
 
-    def _set_statistics(self: LabelledModel, statistics: TrainingStatistics, n_train: int) -> None:
+    def _set_statistics(self, statistics: TrainingStatistics, n_train: int) -> None:
         module = self.module
         with torch.no_grad():
             module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
@@ -158,7 +162,7 @@ class TrainingMixin(UnsupervisedTrainingMixin):
                 if self._architecture["output_bias"] == "data":
                     module.decoder.initialize_output(torch.as_tensor(statistics.gene_share).float())
 
-    def _diagnose(self: LabelledModel) -> None:
+    def _diagnose(self) -> None:
         """Compute the diagnostics of a trained model and warn of a collapse."""
         self.diagnostics_ = self.get_diagnostics()
         for message in self._diagnostic_warnings(self.diagnostics_):
@@ -171,5 +175,6 @@ def resolve_epochs(max_epochs: int | None, max_steps: int | None, steps_per_epoc
         return math.ceil(max_steps / steps_per_epoch)
     if max_epochs is not None:
         return max_epochs
+    steps = 1_200 * (n_obs / 3_000) ** (1 / 3)  # measured: 1,200 at 3,000 and 2,000 at 15,000 cells
     heuristic = max(1, min(round(400 * 20_000 / n_obs), 400))  # of scvi-tools
-    return min(max(math.ceil(MIN_STEPS / steps_per_epoch), MIN_EPOCHS), heuristic)
+    return min(max(math.ceil(steps / steps_per_epoch), MIN_EPOCHS), heuristic)

@@ -76,7 +76,7 @@ class CradleVAEModule(BaseModuleClass):
         Start of the posteriors of ``e``, ``u`` and ``m``.
     gs_temperature
         Temperature of the relaxed Bernoulli.
-    combine, linear_skip
+    combine, effect_path
         How the decoder takes the latent parts (see :class:`NegativeBinomialDecoder`).
     artifact_latent
         ``"gaussian"``, or ``"embedding"`` for a plain vector ("w/o Causal").
@@ -91,6 +91,15 @@ class CradleVAEModule(BaseModuleClass):
     reconstruction_balance
         ``"none"``, ``"batch"`` (published code) or ``"dataset"`` (0.5 over the frequency of the flag).
     """
+
+    input_mean: Tensor
+    input_std: Tensor
+    n_obs_per_treatment: Tensor
+    n_failed: Tensor
+    n_train: Tensor
+    label_members: Tensor
+    reference_row: Tensor
+    references: Tensor
 
     def __init__(
         self,
@@ -113,7 +122,7 @@ class CradleVAEModule(BaseModuleClass):
         mask_init_logit: float,
         gs_temperature: float,
         combine: Literal["concat", "sum"],
-        linear_skip: bool,
+        effect_path: Literal["linear", "decoder", "both"],
         artifact_latent: Literal["gaussian", "embedding"],
         draws: Literal["cell", "batch"],
         n_particles: int,
@@ -146,7 +155,7 @@ class CradleVAEModule(BaseModuleClass):
             n_layers_decoder,
             n_covariates=sum(self.n_levels) + n_continuous,
             combine=combine,
-            skip=linear_skip,
+            effect_path=effect_path,
         )
         self.effects = SparseEffects(
             n_treatments,
@@ -181,13 +190,20 @@ class CradleVAEModule(BaseModuleClass):
     # ---- what comes from training cells -----------------------------------------------------------------------------
 
     def set_labels(self, members: np.ndarray) -> None:
-        """Set the treatments of every label code, padded with -1, shape ``(n_labels, width)``."""
+        """Set the treatments of every label code, padded with -1, shape ``(n_labels, width)``.
+
+        The codes of training labels come first and never change; those of a query's new combinations follow.
+        """
         self.label_members = torch.as_tensor(members, device=self.input_mean.device)
-        self.reference_row = torch.full((len(members),), -1, device=self.input_mean.device)
+        rows = torch.full((len(members),), -1, device=self.input_mean.device)
+        known = min(len(rows), len(self.reference_row))
+        rows[:known] = self.reference_row[:known]
+        self.reference_row = rows
 
     def set_references(self, labels: np.ndarray, profiles: np.ndarray, pools: tuple[Any, ...]) -> None:
         """Set one reference profile for each of some label codes (and the failed cells behind it)."""
         device = self.input_mean.device
+        self.reference_row = torch.full_like(self.reference_row, -1)
         self.reference_row[torch.as_tensor(labels, device=device)] = torch.arange(len(labels), device=device)
         self.references = torch.as_tensor(profiles, dtype=torch.float32, device=device)
         self.pools = pools
@@ -221,9 +237,7 @@ class CradleVAEModule(BaseModuleClass):
         if dosage is not None:
             cell, treatment = dosage.nonzero(as_tuple=True)
             return Pairs(cell, treatment, dosage[cell, treatment], len(dosage))
-        members = self.label_members[label]
-        cell, slot = (members >= 0).nonzero(as_tuple=True)
-        return Pairs(cell, members[cell, slot], torch.ones(len(cell), device=cell.device), len(label))
+        return Pairs.from_members(self.label_members[label])
 
     def standardize(self, x: Tensor) -> Tensor:
         """Return ``(log(1 + x) - mean) / sd`` with the moments of the training cells."""
@@ -284,10 +298,8 @@ class CradleVAEModule(BaseModuleClass):
     @auto_move_data
     def generative(self, latent: LatentDraw, covariates: Tensor) -> dict[str, Tensor]:
         """Return the inputs of the decoder's output layer, shape ``(n_particles, n_cells, n_features)``."""
-        project = self.decoder.project
-        hidden = project("basal", latent.z_basal) + project("perturbation", latent.z_perturbation)
-        hidden = hidden + project("artifact", latent.z_artifact)
-        return {"features": self.decoder.features(hidden, latent.z_perturbation, covariates)}
+        z = latent.z_basal, latent.z_perturbation, latent.z_artifact
+        return {"features": self.decoder.features(*z, covariates)}
 
     # ---- objective --------------------------------------------------------------------------------------------------
 
@@ -312,7 +324,9 @@ class CradleVAEModule(BaseModuleClass):
         kl_treatment = (latent.effects.kl.mean(0) * latent.effects.weights(pairs, self.n_obs_per_treatment)).sum()
         kl_artifact = latent.kl_artifact * artifact.sum() / self.n_failed.clamp_min(1)
         kl_global = kl_treatment + kl_artifact  # of this batch
-        counterfactual, eligible = self.counterfactual_kl(latent, pairs, inference_outputs["x_projected"], label, artifact)
+        counterfactual, eligible = self.counterfactual_kl(
+            latent, pairs, inference_outputs["x_projected"], label, artifact
+        )
         cf_total = counterfactual.mean(0).sum()
         cf = cf_total if self.cf_reduction == "sum" else cf_total / n_cells
         loss = -weighted + kl_weight * (kl_basal.mean() + kl_global / n_cells) + self.cf_weight * cf

@@ -90,7 +90,7 @@ class PerturbationTrainingPlan(TrainingPlan):
         """
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
-        extra, loss_output.extra_metrics = loss_output.extra_metrics, {}  # type: ignore[misc]
+        extra, loss_output.extra_metrics = loss_output.extra_metrics, {}
         super().compute_and_log_metrics(loss_output, metrics, mode)
         self.log_dict(
             {f"{key}_{mode}": value.detach() for key, value in extra.items()},

@@ -9,8 +9,8 @@ from scvi_cradle.module.base._effects import (
     normal_like,
     straight_through_bernoulli,
 )
-from scvi_cradle.module.base._expectation import LogNormalizedExpectation
 from scvi_cradle.module.base._elbo import bernoulli_kl_logits, gaussian_kl, importance_weighted_bound
+from scvi_cradle.module.base._expectation import LogNormalizedExpectation
 from scvi_cradle.module.base._likelihood import count_terms, fused_log_prob, negative_binomial_log_prob, softmax_rates
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
 

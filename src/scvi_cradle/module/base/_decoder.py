@@ -15,6 +15,8 @@ PARTS = ("basal", "perturbation", "artifact")
 class NegativeBinomialDecoder(nn.Module):
     """``rho = softmax(f([z_b, z_p, z_a, covariates]) + W z_p)``, ``x ~ NB(l (rho + 1e-8), theta_g)``.
 
+    Either way of ``z_p`` can be left out.
+
     Parameters
     ----------
     n_genes, n_latent, n_hidden, n_layers
@@ -23,20 +25,30 @@ class NegativeBinomialDecoder(nn.Module):
         Width of the covariate design that enters the first layer.
     combine
         ``"concat"``: the latent parts have weights of their own; ``"sum"``: they are added.
-    skip
-        Add a linear path from ``z_p`` to the logits.
+    effect_path
+        How ``z_p`` acts: ``"decoder"``: through the hidden layers; ``"linear"``: by a linear map on the logits alone,
+        so that effects add up on the log scale; ``"both"``.
     """
 
     def __init__(
-        self, n_genes: int, n_latent: int, n_hidden: int, n_layers: int, *, n_covariates: int, combine: str, skip: bool
+        self,
+        n_genes: int,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        *,
+        n_covariates: int,
+        combine: str,
+        effect_path: str,
     ) -> None:
         super().__init__()
         self.combine = combine
-        self.skip = skip
-        latent = dict.fromkeys(PARTS, n_latent) if combine == "concat" else {"latent": n_latent}
+        self.skip = effect_path != "decoder"
+        self.hidden_parts = tuple(part for part in PARTS if part != "perturbation" or effect_path != "linear")
+        latent = dict.fromkeys(self.hidden_parts, n_latent) if combine == "concat" else {"latent": n_latent}
         self.first = SplitLinear({**latent, "covariates": n_covariates}, n_hidden)
         self.hidden = ResidualLayers(n_layers - 1, n_hidden)
-        self.output = nn.Linear(n_hidden + (n_latent if skip else 0), n_genes)
+        self.output = nn.Linear(n_hidden + (n_latent if self.skip else 0), n_genes)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
 
     @property
@@ -44,32 +56,30 @@ class NegativeBinomialDecoder(nn.Module):
         """Inverse dispersion of every gene, shape ``(n_genes,)``."""
         return self.log_theta.clamp(-LOG_THETA_BOUND, LOG_THETA_BOUND).exp()
 
-    def project(self, part: str, value: Tensor) -> Tensor:
-        """Project one latent part by the first layer."""
-        return self.first.project(part if self.combine == "concat" else "latent", value)
-
-    def features(self, hidden: Tensor, z_perturbation: Tensor, covariates: Tensor) -> Tensor:
+    def features(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
         """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_features)``.
 
         Parameters
         ----------
-        hidden
-            Sum of the projected latent parts, shape ``(n_particles, n_cells, n_hidden)``.
-        z_perturbation
-            Perturbation effect of every cell, shape ``(n_particles, n_cells, n_latent)``.
+        z_basal, z_perturbation, z_artifact
+            Latent parts, each broadcasting to ``(n_particles, n_cells, n_latent)``.
         covariates
             Covariate design, shape ``(n_cells, n_covariates)``.
         """
+        parts = dict(zip(PARTS, (z_basal, z_perturbation, z_artifact), strict=True))
+        hidden: Tensor = self.first.bias
+        for part in self.hidden_parts:
+            hidden = hidden + self.first.project(part if self.combine == "concat" else "latent", parts[part])
         if covariates.shape[-1]:
             hidden = hidden + self.first.project("covariates", covariates)
-        hidden = self.hidden(activation(hidden + self.first.bias))
-        return torch.cat([hidden, z_perturbation], dim=-1) if self.skip else hidden
+        hidden = self.hidden(activation(hidden))
+        if not self.skip:
+            return hidden
+        return torch.cat([hidden, z_perturbation.expand(*hidden.shape[:-1], -1)], dim=-1)
 
     def forward(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
         """Return logits of the gene shares, shape ``(n_particles, n_cells, n_genes)``."""
-        parts = zip(PARTS, (z_basal, z_perturbation, z_artifact), strict=True)
-        hidden = sum(self.project(part, value) for part, value in parts)
-        return self.output(self.features(hidden, z_perturbation.expand_as(z_basal), covariates))  # type: ignore[arg-type]
+        return self.output(self.features(z_basal, z_perturbation, z_artifact, covariates))
 
     def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""

@@ -23,6 +23,12 @@ class Pairs(NamedTuple):
     dose: Tensor
     n_cells: int
 
+    @classmethod
+    def from_members(cls, members: Tensor) -> Pairs:
+        """Return the pairs of cells with dose 1, from the treatments of each cell padded with -1."""
+        cell, slot = (members >= 0).nonzero(as_tuple=True)
+        return cls(cell, members[cell, slot], torch.ones(len(cell), device=cell.device), len(members))
+
 
 class EffectDraw(NamedTuple):
     """Draws of treatment effects.
@@ -62,9 +68,7 @@ def normal_like(value: Tensor, generator: Generator | None = None) -> Tensor:
     return torch.randn(value.shape, generator=generator, device=value.device, dtype=value.dtype)
 
 
-def straight_through_bernoulli(
-    logits: Tensor, temperature: float = 1.0, generator: Generator | None = None
-) -> Tensor:
+def straight_through_bernoulli(logits: Tensor, temperature: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Draw 0/1 masks from relaxed Bernoullis: hard values forward, the gradient of the relaxed ones backward."""
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
     uniform = uniform.clamp(1e-7, 1 - 1e-7)
@@ -118,6 +122,7 @@ class SparseEffects(nn.Module):
         self.sampled_kl = sampled_kl
         self.mask_logits = nn.Parameter(torch.full((n_treatments, n_latent), float(mask_init_logit)))
         self.amortized = amortized
+        self.embedding: AmortizedEmbedding | FreeGaussian
         if amortized:
             self.embedding = AmortizedEmbedding(n_treatments, n_latent, n_layers, n_hidden)
         else:
@@ -157,7 +162,9 @@ class SparseEffects(nn.Module):
         prior_logit, scale = self.mask_prior_logit, self.embedding_prior_scale
         if self.sampled_kl:
             softplus = nn.functional.softplus
-            mask_term = mask * (logits - prior_logit) - softplus(logits) + softplus(torch.tensor(prior_logit).to(logits))
+            mask_term = (
+                mask * (logits - prior_logit) - softplus(logits) + softplus(torch.tensor(prior_logit).to(logits))
+            )
             prior = Normal(torch.zeros_like(embedding), scale, validate_args=False)
             return (mask_term + posterior.log_prob(embedding) - prior.log_prob(embedding)).sum(-1)
         kl = bernoulli_kl_logits(logits[:1], prior_logit) + gaussian_kl(posterior.loc, posterior.scale, 0.0, scale)
@@ -197,7 +204,9 @@ class AmortizedEmbedding(nn.Module):
 class ArtifactLatent(nn.Module):
     """The global artifact vector ``u`` (CRADLE-VAE, Alg. 1): a free Gaussian, or a plain vector ("w/o Causal")."""
 
-    def __init__(self, n_latent: int, *, gaussian: bool, prior_scale: float, init_scale: float, sampled_kl: bool) -> None:
+    def __init__(
+        self, n_latent: int, *, gaussian: bool, prior_scale: float, init_scale: float, sampled_kl: bool
+    ) -> None:
         super().__init__()
         self.prior_scale = prior_scale
         self.sampled_kl = sampled_kl
