@@ -166,8 +166,8 @@ class CradleVAE(TrainingMixin, EffectsMixin):
         self.module = self._module_cls(
             len(self._genes),
             len(self._table.treatments),
-            (len(batches), *map(int, covariates.get("n_cats_per_key", ()))),
-            int(self.summary_stats.get(f"n_{REGISTRY_KEYS.CONT_COVS_KEY}", 0)),
+            n_levels=(len(batches), *map(int, covariates.get("n_cats_per_key", ()))),
+            n_continuous=int(self.summary_stats.get(f"n_{REGISTRY_KEYS.CONT_COVS_KEY}", 0)),
             mask_prior_logit=logit,
             mask_init_logit=self._architecture["mask_init_logits"],
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},

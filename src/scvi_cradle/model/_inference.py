@@ -121,7 +121,17 @@ class InferenceMixin(LabelledModel):
         n_particles: int = 1,
         batch_size: int | None = None,
     ) -> float:
-        """Return the mean ELBO per cell in nats (higher is better), each cell with its share of the global terms."""
+        """Return the mean ELBO per cell in nats (higher is better), each cell with its share of the global terms.
+
+        Parameters
+        ----------
+        adata, indices
+            Cells; default: the model's own.
+        n_particles
+            Draws per cell.
+        batch_size
+            Cells at once.
+        """
         total, n = 0.0, 0
         module = self.module
         for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, n_samples=n_particles):
@@ -141,7 +151,17 @@ class InferenceMixin(LabelledModel):
         n_particles: int = 1,
         batch_size: int | None = None,
     ) -> dict[str, float]:
-        """Return ``{"reconstruction_loss": ...}``: the mean of ``-log p(x | z)`` per cell in nats, at draws of the posterior."""
+        """Return ``{"reconstruction_loss": ...}``: the mean of ``-log p(x | z)`` per cell in nats, at draws of the posterior.
+
+        Parameters
+        ----------
+        adata, indices
+            Cells; default: the model's own.
+        n_particles
+            Draws per cell.
+        batch_size
+            Cells at once.
+        """
         total, n = 0.0, 0
         module = self.module
         for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, n_samples=n_particles):

@@ -105,6 +105,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             trainer["max_steps"] = max_steps
         if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
+        self.module.train()
         super().train(
             max_epochs=max_epochs,
             batch_size=batch_size,
