@@ -39,7 +39,7 @@ EVERY_KIND = [
 def make_module(labels, failed, **settings):
     """Return a module that knows the training cells ``labels`` and ``failed``."""
     torch.manual_seed(0)
-    module = CradleVAEModule(N_GENES, 3, (1,), 0, **(SETTINGS | settings))
+    module = CradleVAEModule(N_GENES, 3, n_levels=(1,), n_continuous=0, **(SETTINGS | settings))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

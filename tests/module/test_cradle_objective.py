@@ -39,7 +39,7 @@ SETTINGS |= {
 
 def make_module(**settings):
     torch.manual_seed(3)
-    module = CradleVAEModule(N_GENES, 3, (3, 1), 1, **(SETTINGS | settings)).double()
+    module = CradleVAEModule(N_GENES, 3, n_levels=(3, 1), n_continuous=1, **(SETTINGS | settings)).double()
     rng = np.random.default_rng(5)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,6 +53,7 @@ def make_module(**settings):
     module.set_references(REFERENCE_LABELS, rng.poisson(2.0, (4, N_GENES)), ())
     module.references = module.references.double()
     covariates = module.covariates
+    module.effect_path_of_test = (SETTINGS | settings)["effect_path"]
     module.covariates = lambda tensors: covariates(tensors).double()
     return module
 
@@ -122,7 +123,7 @@ class Equations:
     def __init__(self, module, noise, tensors, dosage=None):
         self.w = {k: v.detach().numpy().copy() for k, v in module.state_dict().items()}
         self.references = module.references.numpy()
-        self.m = module
+        self.m, self.effect_path = module, module.effect_path_of_test
         self.data = {k: v.numpy() for k, v in tensors.items()}
         if dosage is None:
             dosage = np.zeros((len(LABEL), 3))
@@ -187,14 +188,17 @@ class Equations:
     def log_likelihood(self, i, z_b, z_p, z_a):
         w, x = self.w, self.data["X"][i]
         covariates = np.concatenate([np.eye(3)[BATCH[i]], self.data["extra_continuous_covs"][i]])
+        parts = {"basal": z_b, "perturbation": z_p, "artifact": z_a}
+        if self.effect_path == "linear":
+            del parts["perturbation"]
         if self.m.decoder.combine == "concat":
-            names, latent = ["basal", "perturbation", "artifact"], np.concatenate([z_b, z_p, z_a])
+            names, latent = list(parts), np.concatenate(list(parts.values()))
         else:
-            names, latent = ["latent"], z_b + z_p + z_a
+            names, latent = ["latent"], sum(parts.values())
         weight = np.concatenate([w[f"decoder.first.weights.{k}"] for k in [*names, "covariates"]], axis=1)
         hidden = weight @ np.concatenate([latent, covariates]) + w["decoder.first.bias"]
         hidden = perceptron(hidden, w, "decoder")
-        if self.m.decoder.skip:
+        if self.effect_path != "decoder":
             hidden = np.concatenate([hidden, z_p])
         logits = w["decoder.output.weight"] @ hidden + w["decoder.output.bias"]
         share = np.exp(logits) / np.exp(logits).sum()
@@ -284,10 +288,10 @@ def check(module, tape, tensors, dosage=None):
 
 
 VARIANTS = [
-    {"combine": "sum", "linear_skip": False},
-    {"combine": "concat", "linear_skip": True, "reconstruction_balance": "batch"},
-    {"combine": "sum", "linear_skip": True, "cf_direction": "counterfactual_first"},
-    {"combine": "concat", "linear_skip": False, "reconstruction_balance": "dataset", "cf_reduction": "sum"},
+    {"combine": "sum", "effect_path": "decoder"},
+    {"combine": "concat", "effect_path": "both", "reconstruction_balance": "batch"},
+    {"combine": "sum", "effect_path": "linear", "cf_direction": "counterfactual_first"},
+    {"combine": "concat", "effect_path": "decoder", "reconstruction_balance": "dataset", "cf_reduction": "sum"},
 ]
 CASES = [
     {"posterior": posterior, "draws": draws, "kl": kl} | VARIANTS[(i + j + 2 * k) % 4]
@@ -300,6 +304,9 @@ CASES += [
     {"posterior": "correlated", "draws": draws, "kl": kl, "share_global_samples": False}
     for draws in ("cell", "batch")
     for kl in ("analytic", "sampled")
+]
+CASES += [
+    {"combine": combine, "effect_path": path} for combine in ("concat", "sum") for path in ("linear", "decoder", "both")
 ]
 CASES += [{"artifact_latent": "embedding", "draws": draws, "kl": "sampled"} for draws in ("cell", "batch")]
 

@@ -1,0 +1,290 @@
+"""Time a training step (forward and backward) against a plain transcription of the same objective.
+
+    python benchmarks/train_step.py [--genes 1187 --treatments 722 --batch 512 --particles 5 --rounds 5 --threads 1] [--as-published]
+
+Both sides get the same weights and the same draws; losses, terms and gradients are compared before anything is timed: gradients
+in double precision, since in single precision a pre-activation of 1e-7 may fall on either side of the LeakyReLU's kink.
+Rounds are interleaved in one process and timed by CPU time, so that other load on the machine moves the ratio little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import numpy as np
+import torch
+from _plain_cradle import Noise, PlainCradle
+
+from scvi_cradle import presets
+from scvi_cradle.module import CradleVAEModule
+
+TERMS = ("reconstruction", "kl_basal", "kl_treatment", "kl_artifact", "cf")
+FAILED_SHARE, DOUBLE_SHARE, CONTROL_SHARE = 0.15, 0.1, 0.05
+
+
+class Batch:
+    """A simulated batch in the forms that the two sides take."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        rng = np.random.default_rng(args.seed)
+        n, t = args.batch, args.treatments
+        n_doubles = t // 4
+        doubles = np.stack([rng.choice(t, 2, replace=False) for _ in range(n_doubles)])
+        singles = np.stack([np.arange(t), np.full(t, -1)], axis=1)
+        self.members = np.concatenate([[[-1, -1]], singles, doubles])
+        kind = rng.choice(3, n, p=[CONTROL_SHARE, 1 - CONTROL_SHARE - DOUBLE_SHARE, DOUBLE_SHARE])
+        label = np.select(
+            [kind == 0, kind == 1], [np.zeros(n, int), 1 + rng.integers(0, t, n)], 1 + t + rng.integers(0, n_doubles, n)
+        )
+        share = rng.dirichlet(np.full(args.genes, 0.5))
+        library = rng.lognormal(math.log(args.counts_per_gene * args.genes), 0.4, (n, 1))
+        x = rng.poisson(rng.gamma(1.0, share * library))
+        failed = rng.random(n) < FAILED_SHARE
+        self.reference_labels = np.flatnonzero(rng.random(len(self.members)) < 0.95)
+        self.profiles = rng.poisson(share * library.mean() * 0.4, (len(self.reference_labels), args.genes)).astype(
+            np.float32
+        )
+        self.moments = np.log1p(x).mean(0), np.maximum(np.log1p(x).std(0), 0.1)
+        self.n_obs = rng.integers(100, 400, t).astype(np.float32)
+        self.n_failed = float(self.n_obs.sum() * FAILED_SHARE)
+        row = np.full(len(self.members), -1)
+        row[self.reference_labels] = np.arange(len(self.reference_labels))
+        dosage = np.zeros((n, t), dtype=np.float32)
+        for i, members in enumerate(self.members[label]):
+            dosage[i, members[members >= 0]] = 1
+        self.ours = {
+            "X": torch.as_tensor(x, dtype=torch.float32),
+            "perturbation": torch.as_tensor(label)[:, None],
+            "artifact": torch.as_tensor(failed, dtype=torch.float32)[:, None],
+            "batch": torch.zeros(n, 1),
+        }
+        reference = np.where(row[label][:, None] >= 0, self.profiles[row[label]], 0)
+        self.plain = {
+            "x": self.ours["X"],
+            "dosage": torch.as_tensor(dosage),
+            "artifact": self.ours["artifact"],
+            "reference": torch.as_tensor(reference),
+            "has_reference": torch.as_tensor(row[label] >= 0),
+        }
+        self.treatments = np.flatnonzero((dosage != 0).any(0))
+
+
+def make_ours(args: argparse.Namespace, batch: Batch) -> CradleVAEModule:
+    settings = dict(presets.PAPER) | {"n_latent": args.latent, "n_hidden": args.hidden, "n_particles": args.particles}
+    settings |= {"embedding_n_hidden": args.hidden, "kl": "analytic", "mask_init_logit": 0.0}
+    prior = settings.pop("mask_prior_prob")
+    del settings["mask_init_logits"], settings["output_bias"]
+    module = CradleVAEModule(
+        args.genes,
+        args.treatments,
+        n_levels=(1,),
+        n_continuous=0,
+        mask_prior_logit=math.log(prior / (1 - prior)),
+        **settings,
+    )
+    with torch.no_grad():
+        module.effects.mask_logits.normal_(0, 1)
+        module.artifact.posterior.loc.normal_(0, 1)
+        module.decoder.log_theta.normal_(0, 1)
+        module.input_mean.copy_(torch.as_tensor(batch.moments[0]))
+        module.input_std.copy_(torch.as_tensor(batch.moments[1]))
+        module.n_obs_per_treatment.copy_(torch.as_tensor(batch.n_obs))
+        module.n_failed.fill_(batch.n_failed)
+    module.set_labels(batch.members)
+    module.set_references(batch.reference_labels, batch.profiles, ())
+    return module
+
+
+def parameter_map(ours: CradleVAEModule) -> dict[str, list[torch.Tensor]]:
+    """Parameters of the plain side, each as the columns of ours that make it."""
+    embedding, encoder, decoder = ours.effects.embedding, ours.encoder, ours.decoder
+    layers = {f"embedding.layers.{i + 1}": layer for i, layer in enumerate(embedding.hidden.layers)}
+    layers |= {
+        "embedding.head": embedding.head.linear,
+        "encoder.head": encoder.head.linear,
+        "decoder.head": decoder.output,
+    }
+    layers["decoder.layers.1"] = decoder.hidden.layers[0]
+    found = {f"{k}.weight": [v.weight] for k, v in layers.items()} | {f"{k}.bias": [v.bias] for k, v in layers.items()}
+    return found | {
+        "mask_logits": [ours.effects.mask_logits],
+        "u_mean": [ours.artifact.posterior.loc],
+        "u_log_std": [ours.artifact.posterior.log_scale],
+        "log_theta": [decoder.log_theta],
+        "embedding.layers.0.weight": [embedding.mask_layer.weight, embedding.treatment.T],
+        "embedding.layers.0.bias": [embedding.mask_layer.bias],
+        "encoder.layers.0.weight": [encoder.first.weights[k] for k in ("x", "perturbation", "artifact")],
+        "encoder.layers.0.bias": [encoder.first.bias],
+        "decoder.layers.0.weight": [decoder.first.weights[k] for k in ("basal", "perturbation", "artifact")],
+        "decoder.layers.0.bias": [decoder.first.bias],
+    }
+
+
+def make_plain(args: argparse.Namespace, batch: Batch, ours: CradleVAEModule) -> PlainCradle:
+    plain = PlainCradle(
+        args.genes,
+        args.treatments,
+        args.latent,
+        args.hidden,
+        args.particles,
+        prior_logit=ours.effects.mask_prior_logit,
+        cf_weight=ours.cf_weight,
+        as_published=args.as_published,
+    )
+    source = parameter_map(ours)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(torch.cat(source[name], dim=-1))
+        plain.mean.copy_(ours.input_mean)
+        plain.std.copy_(ours.input_std)
+        plain.n_obs.copy_(ours.n_obs_per_treatment)
+        plain.n_failed.copy_(ours.n_failed)
+    return plain
+
+
+def make_noise(args: argparse.Namespace, generator: torch.Generator | None = None) -> Noise:
+    shape = (args.particles, args.treatments, args.latent)
+    draw = {"generator": generator}
+    return Noise(
+        torch.rand(shape, **draw).clamp(1e-6, 1 - 1e-6),
+        torch.randn(shape, **draw),
+        torch.randn(args.particles, 1, args.latent, **draw),
+        torch.randn(args.particles, args.batch, args.latent, **draw),
+    )
+
+
+def step_ours(module: CradleVAEModule, batch: Batch) -> dict[str, torch.Tensor]:
+    outputs = module.inference(**module._get_inference_input(batch.ours))
+    decoded = module.generative(**module._get_generative_input(batch.ours, outputs))
+    output = module.loss(batch.ours, outputs, decoded)
+    output.loss.backward()
+    eligible = ((batch.plain["artifact"][:, 0] == 0) & batch.plain["has_reference"]).sum()
+    n = len(batch.ours["X"])
+    return {
+        "loss": output.loss.detach(),
+        "reconstruction": output.reconstruction_loss_sum / n,
+        "kl_basal": output.kl_local_sum / n,
+        "kl_treatment": output.extra_metrics["kl_treatment"],
+        "kl_artifact": output.extra_metrics["kl_artifact"],
+        "cf": output.extra_metrics["cf_kl"] * eligible / n,
+    }
+
+
+def step_plain(plain: PlainCradle, batch: Batch, noise: Noise) -> dict[str, torch.Tensor]:
+    terms = plain.loss(**batch.plain, noise=noise)
+    terms["loss"].backward()
+    return {k: v.detach() for k, v in terms.items()}
+
+
+def compare(ours: CradleVAEModule, plain: PlainCradle, batch: Batch, noise: Noise) -> tuple[float, float]:
+    """Return the largest relative differences of losses and terms, and of gradients (norms, by parameter)."""
+    ours.zero_grad()
+    plain.zero_grad()
+    rows = torch.as_tensor(batch.treatments)
+    normals = [noise.embedding[:, rows], noise.artifact, noise.basal]
+    with (
+        mock.patch.object(torch, "rand", return_value=noise.mask[:, rows]),
+        mock.patch.object(torch, "randn", side_effect=normals),
+    ):
+        a = step_ours(ours, batch)
+    b = step_plain(plain, batch, noise)
+    loss_error = max(abs(float(a[k] - b[k])) / max(abs(float(b[k])), 1e-6) for k in ("loss", *TERMS))
+    source, slope_error = parameter_map(ours), 0.0
+    grads = {id(p): p.grad for p in ours.parameters()}
+    for name, parameter in plain.named_parameters():
+        parts = [_gradient(part, grads) for part in source[name]]
+        error = (torch.cat(parts, dim=-1) - parameter.grad).norm() / parameter.grad.norm()
+        slope_error = max(slope_error, float(error))
+    return loss_error, slope_error
+
+
+def _gradient(part: torch.Tensor, grads: dict[int, torch.Tensor]) -> torch.Tensor:
+    return grads[id(part)] if id(part) in grads else grads[id(part._base)].T
+
+
+def check(ours: CradleVAEModule, plain: PlainCradle, batch: Batch, noise: Noise) -> None:
+    """Raise unless losses agree to 1e-5 in single, and losses and gradients to 1e-5 and 1e-4 in double precision."""
+    single = compare(ours, plain, batch, noise)
+    torch.set_default_dtype(torch.float64)
+    for data in (batch.ours, batch.plain):
+        data |= {k: v.double() for k, v in data.items() if v.is_floating_point()}
+    wide = copy.deepcopy(ours).double(), copy.deepcopy(plain).double()
+    wide[0].references = wide[0].references.double()
+    double = compare(*wide, batch, Noise(*(v.double() for v in noise)))
+    torch.set_default_dtype(torch.float32)
+    for data in (batch.ours, batch.plain):
+        data |= {k: v.float() for k, v in data.items() if v.is_floating_point()}
+    for precision, (loss_error, slope_error) in {"single": single, "double": double}.items():
+        print(
+            f"largest relative difference in {precision} precision: losses {loss_error:.1e}, gradients {slope_error:.1e}"
+        )
+    if max(single[0], double[0]) > 1e-5 or double[1] > 1e-4:
+        msg = "The two sides do not compute the same objective (limits: losses 1e-5, gradients 1e-4)."
+        raise RuntimeError(msg)
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {
+        "genes": 1187,
+        "treatments": 722,
+        "latent": 200,
+        "hidden": 400,
+        "batch": 512,
+        "particles": 5,
+        "rounds": 5,
+    }
+    for name, value in (defaults | {"threads": 1, "seed": 0}).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--counts-per-gene", type=float, default=4.0, dest="counts_per_gene")
+    parser.add_argument(
+        "--as-published", action="store_true", help="give the plain side the published code's unused work"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    batch = Batch(args)
+    ours = make_ours(args, batch)
+    plain = make_plain(args, batch, ours)
+    check(ours, plain, batch, make_noise(args))
+
+    def run_ours() -> None:
+        ours.zero_grad()
+        step_ours(ours, batch)
+
+    def run_plain() -> None:
+        plain.zero_grad()
+        step_plain(plain, batch, make_noise(args))
+
+    run_ours(), run_plain()
+    times = [(timed(run_ours), timed(run_plain)) for _ in range(args.rounds)]
+    ratios = [b / a for a, b in times]
+    n_nonzero = float((batch.ours["X"] > 0).float().mean())
+    print(
+        f"\n{args.genes} genes ({n_nonzero:.0%} non-zero) x {args.treatments} treatments ({len(batch.treatments)} in the batch), ",
+        end="",
+    )
+    print(f"latent {args.latent}, hidden {args.hidden}, batch {args.batch}, {args.particles} particles, ", end="")
+    print(f"{args.threads} threads, torch {torch.__version__}\n")
+    print("| side | CPU ms per step, median | ratio, median (min..max) |")
+    print("|---|---|---|")
+    side = "plain transcription, with the published code's unused work" if args.as_published else "plain transcription"
+    print(f"| {side} | {1e3 * statistics.median(b for _, b in times):.0f} | 1 |")
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+    print(f"| scvi_cradle | {1e3 * statistics.median(a for a, _ in times):.0f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
