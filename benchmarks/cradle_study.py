@@ -46,7 +46,9 @@ def log_normalize(x: np.ndarray) -> np.ndarray:
     return np.log2(1 + 1e4 * x / np.maximum(x.sum(1, keepdims=True), 1))
 
 
-def train(adata: ad.AnnData, variant: str, seed: int, flag: str = "artifact", **setup: str) -> tuple[cradle.CradleVAE, float]:
+def train(
+    adata: ad.AnnData, variant: str, seed: int, flag: str = "artifact", **setup: str
+) -> tuple[cradle.CradleVAE, float]:
     if variant == "passed cells only":
         adata = adata[~adata.obs[flag]].copy()
     elif variant == "no artifact part":
@@ -68,7 +70,11 @@ def simulated(fraction: float, seed: int, variants: list[str]) -> list[dict[str,
     cradle.pp.qc_label(adata, n_mads=3, criteria=CRITERIA, reference=training)
     truth = adata.uns["truth"]["population_effects"]
     labels = list(truth.index)
-    held_out = [i for i, label in enumerate(labels) if (adata.obs.loc[adata.obs["perturbation"] == label, "split"] == "test").all()]
+    held_out = [
+        i
+        for i, label in enumerate(labels)
+        if (adata.obs.loc[adata.obs["perturbation"] == label, "split"] == "test").all()
+    ]
     seen = [i for i in range(len(labels)) if i not in held_out]
     clean = adata[~adata.obs["true_artifact"]].copy()
     known = {"fraction": fraction, "seed": seed, "flagged": float(adata.obs["artifact"].mean())}
@@ -82,7 +88,11 @@ def simulated(fraction: float, seed: int, variants: list[str]) -> list[dict[str,
 
     rows: list[dict[str, object]] = []
     for cells, kept in (("all", training), ("passed", training & ~adata.obs["artifact"].to_numpy())):
-        for baseline in (cradle.baselines.PerturbedMean(), cradle.baselines.Additive(), cradle.baselines.ShrunkenEffects()):
+        for baseline in (
+            cradle.baselines.PerturbedMean(),
+            cradle.baselines.Additive(),
+            cradle.baselines.ShrunkenEffects(),
+        ):
             baseline.fit(adata[kept].copy(), "perturbation")
             name = f"{type(baseline).__name__} ({cells} cells)"
             rows.append(known | {"model": name} | scores(baseline.get_average_treatment_effects(labels)))
@@ -91,15 +101,23 @@ def simulated(fraction: float, seed: int, variants: list[str]) -> list[dict[str,
         model, seconds = train(adata, variant, seed, perturbation_key="perturbation")
         generated = model.get_generated_expression(n_samples=200, seed=seed)
         rates = cradle.metrics.qc_pass_rate(clean, generated, thresholds=adata.uns["qc_label"]).loc["all"]
-        row = known | {"model": variant, "seconds": seconds} | scores(model.get_average_treatment_effects(labels, seed=seed))
+        row = (
+            known
+            | {"model": variant, "seconds": seconds}
+            | scores(model.get_average_treatment_effects(labels, seed=seed))
+        )
         row |= {"pass_generated": rates["generated"], "pass_clean": clean_rates["generated"]}
         row |= {f"gap_{c}": rates[f"generated_{c}"] - clean_rates[f"generated_{c}"] for c in CRITERIA}
         row |= model.diagnostics_
         if variant not in ("no artifact part", "passed cells only"):
             failed = model.get_generated_expression(n_samples=200, artifact=True, seed=seed)
-            row["pass_artifact"] = cradle.metrics.qc_pass_rate(clean, failed, thresholds=adata.uns["qc_label"]).loc["all", "generated"]
+            row["pass_artifact"] = cradle.metrics.qc_pass_rate(clean, failed, thresholds=adata.uns["qc_label"]).loc[
+                "all", "generated"
+            ]
             artifacts = adata[adata.obs["true_artifact"]].copy()
-            row["pass_true_artifacts"] = cradle.metrics.qc_pass_rate(clean, artifacts, thresholds=adata.uns["qc_label"]).loc["all", "generated"]
+            row["pass_true_artifacts"] = cradle.metrics.qc_pass_rate(
+                clean, artifacts, thresholds=adata.uns["qc_label"]
+            ).loc["all", "generated"]
             row |= rescue(model, adata, seed)
         rows.append(row)
     return rows
@@ -144,7 +162,14 @@ def papalexi(path: Path, seed: int) -> list[dict[str, object]]:
         baseline.fit(training, "perturbation", control="NT")
         rows.append(row(type(baseline).__name__, baseline.get_average_treatment_effects(labels)))
     ceiling = cradle.metrics.replicate_ceiling(adata, "perturbation", control="NT", seed=seed)
-    rows.append(known | {"model": "replicate (halves of all cells)", "flat": ceiling.loc["ate_pearson", "mean"], "each": ceiling.loc["pearson_delta", "mean"]})
+    rows.append(
+        known
+        | {
+            "model": "replicate (halves of all cells)",
+            "flat": ceiling.loc["ate_pearson", "mean"],
+            "each": ceiling.loc["pearson_delta", "mean"],
+        }
+    )
     for variant in ("default", "effect_path=both", "no artifact part"):
         model, seconds = train(adata, variant, seed, perturbation_key="perturbation", control="NT")
         effects = model.get_average_treatment_effects(labels, seed=seed)
@@ -159,7 +184,9 @@ def table(path: Path) -> str:
     numbers = [c for c in frame.columns if c not in (*keys, "seed")]
     groups = frame.groupby(keys, sort=False)[numbers]
     mean, error = groups.mean(), groups.sem()
-    text = mean.map(lambda v: "" if np.isnan(v) else f"{v:.3f}") + error.map(lambda v: "" if np.isnan(v) else f" ± {v:.3f}")
+    text = mean.map(lambda v: "" if np.isnan(v) else f"{v:.3f}") + error.map(
+        lambda v: "" if np.isnan(v) else f" ± {v:.3f}"
+    )
     text = text.where(mean.notna(), "")
     header = "| " + " | ".join([*keys, *numbers]) + " |\n|" + "---|" * (len(keys) + len(numbers))
     lines = [

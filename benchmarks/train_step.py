@@ -97,7 +97,7 @@ def make_ours(args: argparse.Namespace, batch: Batch) -> CradleVAEModule:
         module.n_obs_per_treatment.copy_(torch.as_tensor(batch.n_obs))
         module.n_failed.fill_(batch.n_failed)
     module.set_labels(batch.members)
-    module.set_references(batch.reference_labels, batch.profiles, ())
+    module.references.set(batch.reference_labels, batch.profiles, ())
     return module
 
 
@@ -215,7 +215,7 @@ def check(ours: CradleVAEModule, plain: PlainCradle, batch: Batch, noise: Noise)
     for data in (batch.ours, batch.plain):
         data |= {k: v.double() for k, v in data.items() if v.is_floating_point()}
     wide = copy.deepcopy(ours).double(), copy.deepcopy(plain).double()
-    wide[0].references = wide[0].references.double()
+    wide[0].references.double()
     double = compare(*wide, batch, Noise(*(v.double() for v in noise)))
     torch.set_default_dtype(torch.float32)
     for data in (batch.ours, batch.plain):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import Any
 
-from scvi_cradle._validation import check_one_of, near_matches
+from scvi_cradle._validation import check_one_of, check_positive, check_probability, near_matches
 
 RECOMMENDED: dict[str, Any] = {
     "n_latent": 50,
@@ -84,6 +85,32 @@ CRADLE_VAE = MappingProxyType(
 )
 
 
+CHOICES = {
+    "posterior": ("correlated", "correlated_basal", "correlated_embedding", "mean_field"),
+    "combine": ("concat", "sum"),
+    "effect_path": ("linear", "decoder", "both"),
+    "artifact_latent": ("gaussian", "embedding"),
+    "draws": ("cell", "batch"),
+    "kl": ("analytic", "sampled"),
+    "cf_reduction": ("mean", "sum"),
+    "cf_direction": ("reference_first", "counterfactual_first"),
+    "cf_statistic": ("median", "mean"),
+    "reconstruction_balance": ("none", "batch", "dataset"),
+    "output_bias": ("data", "random"),
+}
+COUNTS = (
+    "n_latent",
+    "n_hidden",
+    "n_layers_encoder",
+    "n_layers_decoder",
+    "embedding_n_layers",
+    "embedding_n_hidden",
+    "n_particles",
+    "cf_n_samples",
+)
+POSITIVE = ("embedding_prior_scale", "embedding_init_scale", "artifact_init_scale", "gs_temperature")
+
+
 def resolve(preset: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor's and the training settings of a preset, with what the user gave in place.
 
@@ -102,3 +129,18 @@ def resolve(preset: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], 
         msg = f"The constructor takes no argument {unknown[0]!r}{near_matches(unknown[0], architecture)}."
         raise TypeError(msg)
     return {**architecture, **{k: v for k, v in given.items() if v is not None}}, dict(training)
+
+
+def check(architecture: dict[str, Any], mask_prior_logit: float | None = None) -> None:
+    """Raise ``ValueError`` for an argument of the constructor that cannot be."""
+    for name, allowed in CHOICES.items():
+        check_one_of(name, architecture[name], allowed)
+    for name in COUNTS:
+        check_positive(name, architecture[name], integer=True)
+    for name in POSITIVE:
+        check_positive(name, architecture[name])
+    check_positive("cf_weight", architecture["cf_weight"], allow_zero=True)
+    check_probability("mask_prior_prob", architecture["mask_prior_prob"])
+    if mask_prior_logit is not None and not math.isfinite(mask_prior_logit):
+        msg = f"`mask_prior_logit` must be finite; received {mask_prior_logit!r}."
+        raise ValueError(msg)

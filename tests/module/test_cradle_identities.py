@@ -49,7 +49,7 @@ def make_module(labels, failed, **settings):
         module.n_train.fill_(len(labels))
     module.set_labels(MEMBERS)
     known = np.unique(labels[failed])
-    module.set_references(known, np.random.default_rng(1).poisson(3.0, (len(known), N_GENES)), ())
+    module.references.set(known, np.random.default_rng(1).poisson(3.0, (len(known), N_GENES)), ())
     return module
 
 
@@ -208,7 +208,7 @@ def test_eligible_are_passed_cells_of_labels_with_failed_cells():
 def test_a_reference_without_counts_is_a_reference():
     labels, failed = np.array([0, 0, 1]), np.array([True, False, False])
     module = make_module(labels, failed)
-    module.set_references(np.array([0]), np.zeros((1, N_GENES)), ())
+    module.references.set(np.array([0]), np.zeros((1, N_GENES)), ())
     _, eligible = counterfactual(module, make_tensors(labels, failed))
     assert eligible.tolist() == [False, True, False]
 
@@ -217,7 +217,7 @@ def test_a_reference_without_counts_is_a_reference():
 def test_no_divergence_when_the_cell_is_its_reference(direction):
     labels, failed = np.array([0, 0, 1, 1]), np.array([True, False, True, False])
     module, tensors = make_module(labels, failed, cf_direction=direction), make_tensors(labels, failed)
-    module.set_references(np.array([0, 1]), tensors["X"][[1, 3]].numpy(), ())
+    module.references.set(np.array([0, 1]), tensors["X"][[1, 3]].numpy(), ())
     divergence, _ = counterfactual(module, tensors)
     torch.testing.assert_close(divergence, torch.zeros(1, 2), atol=1e-5, rtol=0)
     module.share_global_samples = False
@@ -246,9 +246,9 @@ def test_resampled_references_come_from_the_pool_of_their_label(statistic):
     pools = [
         low + rng.permuted(np.tile(np.arange(n), (N_GENES, 1)), axis=1).T for low, n in ((100, 1), (200, 3), (300, 30))
     ]
-    module.set_references(np.array([0, 3, 4]), np.zeros((3, N_GENES)), tuple(map(sp.csr_matrix, pools)))
+    module.references.set(np.array([0, 3, 4]), np.zeros((3, N_GENES)), tuple(map(sp.csr_matrix, pools)))
     wanted = torch.tensor([4, 0, 3])
-    draws = torch.stack([module.reference_profiles(wanted) for _ in range(200)])
+    draws = torch.stack([module.references(wanted) for _ in range(200)])
     np.testing.assert_array_equal(draws[:, 1].numpy(), np.tile(pools[0][0], (200, 1)))  # one failed cell: itself
     for column, pool in ((0, pools[2]), (2, pools[1])):
         assert draws[:, column].min() >= pool.min()
@@ -263,9 +263,9 @@ def test_resampled_medians_are_those_of_numpy():
     labels, failed, _ = epoch()
     module = make_module(labels, failed, cf_resample=True, cf_n_samples=50)
     pool = np.random.default_rng(0).poisson(4.0, (6, N_GENES))
-    module.set_references(np.array([1]), np.zeros((1, N_GENES)), (sp.csr_matrix(pool),))
+    module.references.set(np.array([1]), np.zeros((1, N_GENES)), (sp.csr_matrix(pool),))
     torch.manual_seed(7)
-    profile = module.reference_profiles(torch.tensor([1]))
+    profile = module.references(torch.tensor([1]))
     torch.manual_seed(7)
     chosen = torch.randint(6, (6,)).numpy()
     np.testing.assert_array_equal(profile[0].numpy(), np.median(pool[chosen], axis=0))
@@ -275,5 +275,5 @@ def test_fixed_references_are_the_stored_profiles():
     labels, failed, _ = epoch()
     module = make_module(labels, failed)
     profiles = np.arange(2 * N_GENES).reshape(2, N_GENES)
-    module.set_references(np.array([1, 4]), profiles, ())
-    np.testing.assert_array_equal(module.reference_profiles(torch.tensor([4, 1, 4])).numpy(), profiles[[1, 0, 1]])
+    module.references.set(np.array([1, 4]), profiles, ())
+    np.testing.assert_array_equal(module.references(torch.tensor([4, 1, 4])).numpy(), profiles[[1, 0, 1]])

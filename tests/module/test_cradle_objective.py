@@ -50,8 +50,8 @@ def make_module(**settings):
         module.n_failed.fill_(N_FAILED)
         module.n_train.fill_(N_TRAIN)
     module.set_labels(MEMBERS)
-    module.set_references(REFERENCE_LABELS, rng.poisson(2.0, (4, N_GENES)), ())
-    module.references = module.references.double()
+    module.references.set(REFERENCE_LABELS, rng.poisson(2.0, (4, N_GENES)), ())
+    module.references.double()
     covariates = module.covariates
     module.effect_path_of_test = (SETTINGS | settings)["effect_path"]
     module.covariates = lambda tensors: covariates(tensors).double()
@@ -122,7 +122,7 @@ class Equations:
 
     def __init__(self, module, noise, tensors, dosage=None):
         self.w = {k: v.detach().numpy().copy() for k, v in module.state_dict().items()}
-        self.references = module.references.numpy()
+        self.references = module.references.profiles.numpy()
         self.m, self.effect_path = module, module.effect_path_of_test
         self.data = {k: v.numpy() for k, v in tensors.items()}
         if dosage is None:

@@ -18,27 +18,11 @@ from scvi import REGISTRY_KEYS
 from scvi_cradle import presets
 from scvi_cradle._constants import QC_UNS_KEY
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._validation import check_one_of, check_positive, check_probability
 from scvi_cradle.data import SetupArguments, build_manager
 from scvi_cradle.model._effects import EffectsMixin
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.module import CradleVAEModule
 
-CHOICES = {
-    "posterior": ("correlated", "correlated_basal", "correlated_embedding", "mean_field"),
-    "combine": ("concat", "sum"),
-    "effect_path": ("linear", "decoder", "both"),
-    "artifact_latent": ("gaussian", "embedding"),
-    "draws": ("cell", "batch"),
-    "kl": ("analytic", "sampled"),
-    "cf_reduction": ("mean", "sum"),
-    "cf_direction": ("reference_first", "counterfactual_first"),
-    "cf_statistic": ("median", "mean"),
-    "reconstruction_balance": ("none", "batch", "dataset"),
-    "output_bias": ("data", "random"),
-}
-COUNTS = ("n_latent", "n_hidden", "n_layers_encoder", "n_layers_decoder", "embedding_n_layers", "embedding_n_hidden")
-POSITIVE = ("embedding_prior_scale", "embedding_init_scale", "artifact_init_scale", "gs_temperature")
 MODEL_ONLY = ("mask_prior_prob", "mask_init_logits", "output_bias")
 
 
@@ -156,7 +140,7 @@ class CradleVAE(TrainingMixin, EffectsMixin):
     ) -> None:
         given = {k: v for k, v in locals().items() if k in presets.RECOMMENDED}
         self._architecture, self._training_settings = presets.resolve(preset, given)
-        check_architecture(self._architecture, mask_prior_logit)
+        presets.check(self._architecture, mask_prior_logit)
         super().__init__(adata, registry)
         prior = self._architecture["mask_prior_prob"]
         logit = math.log(prior / (1 - prior)) if mask_prior_logit is None else float(mask_prior_logit)
@@ -336,21 +320,6 @@ class CradleVAE(TrainingMixin, EffectsMixin):
         n_failed = np.array([stored["n_failed"].get(label, 0) for label in labels])
         obs = pd.DataFrame({"n_failed": n_failed, "has_reference": n_failed > 0}, index=pd.Index(labels, dtype=str))
         return AnnData(X=x, obs=obs, var=pd.DataFrame(index=self._genes))
-
-
-def check_architecture(architecture: dict[str, Any], mask_prior_logit: float | None) -> None:
-    """Raise ``ValueError`` for an argument of the constructor that cannot be."""
-    for name, allowed in CHOICES.items():
-        check_one_of(name, architecture[name], allowed)
-    for name in (*COUNTS, "n_particles", "cf_n_samples"):
-        check_positive(name, architecture[name], integer=True)
-    for name in POSITIVE:
-        check_positive(name, architecture[name])
-    check_positive("cf_weight", architecture["cf_weight"], allow_zero=True)
-    check_probability("mask_prior_prob", architecture["mask_prior_prob"])
-    if mask_prior_logit is not None and not math.isfinite(mask_prior_logit):
-        msg = f"`mask_prior_logit` must be finite; received {mask_prior_logit!r}."
-        raise ValueError(msg)
 
 
 def stored_qc_record(data: AnnData | MuData | None, artifact_key: str | None) -> dict[str, Any] | None:

@@ -132,12 +132,12 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             train_indices,
             members=members,
             n_treatments=len(table.treatments),
-            statistic=self.module.cf_statistic,
+            statistic=self.module.references.statistic,
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))
         self.module.set_labels(members)
-        self.module.set_references(
+        self.module.references.set(
             statistics.reference_labels, statistics.reference_profiles.toarray(), statistics.pools
         )
         self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}

@@ -20,6 +20,7 @@ from scvi_cradle.module.base import (
     EffectDraw,
     NegativeBinomialDecoder,
     Pairs,
+    References,
     SparseEffects,
     gaussian_kl,
     normal_like,
@@ -38,6 +39,7 @@ class LatentDraw(NamedTuple):
     z_artifact: Tensor  # (P, n, D)
     q_basal: Normal  # (P, n, D)
     z_basal: Tensor  # (P, n, D)
+    offsets: tuple[Tensor, ...]  # what the encoder adds for effects (P, n, H) and for the artifact; empty: mean field
 
 
 class CradleVAEModule(BaseModuleClass):
@@ -98,8 +100,6 @@ class CradleVAEModule(BaseModuleClass):
     n_failed: Tensor
     n_train: Tensor
     label_members: Tensor
-    reference_row: Tensor
-    references: Tensor
 
     def __init__(
         self,
@@ -142,7 +142,6 @@ class CradleVAEModule(BaseModuleClass):
         self.per_cell, self.n_particles, self.sampled_kl = draws == "cell", n_particles, kl == "sampled"
         self.cf_weight, self.cf_reduction, self.cf_direction = cf_weight, cf_reduction, cf_direction
         self.cf_detach_reference, self.share_global_samples = cf_detach_reference, share_global_samples
-        self.cf_resample, self.cf_n_samples, self.cf_statistic = cf_resample, cf_n_samples, cf_statistic
         self.reconstruction_balance = reconstruction_balance
 
         sees_effects = posterior in ("correlated", "correlated_basal")
@@ -183,9 +182,7 @@ class CradleVAEModule(BaseModuleClass):
         self.register_buffer("n_failed", torch.zeros(()))
         self.register_buffer("n_train", torch.zeros(()))
         self.register_buffer("label_members", torch.full((1, 1), -1), persistent=False)
-        self.register_buffer("reference_row", torch.full((1,), -1), persistent=False)
-        self.register_buffer("references", torch.zeros(0, n_genes), persistent=False)
-        self.pools: tuple[Any, ...] = ()
+        self.references = References(n_genes, resample=cf_resample, n_samples=cf_n_samples, statistic=cf_statistic)
 
     # ---- what comes from training cells -----------------------------------------------------------------------------
 
@@ -195,18 +192,7 @@ class CradleVAEModule(BaseModuleClass):
         The codes of training labels come first and never change; those of a query's new combinations follow.
         """
         self.label_members = torch.as_tensor(members, device=self.input_mean.device)
-        rows = torch.full((len(members),), -1, device=self.input_mean.device)
-        known = min(len(rows), len(self.reference_row))
-        rows[:known] = self.reference_row[:known]
-        self.reference_row = rows
-
-    def set_references(self, labels: np.ndarray, profiles: np.ndarray, pools: tuple[Any, ...]) -> None:
-        """Set one reference profile for each of some label codes (and the failed cells behind it)."""
-        device = self.input_mean.device
-        self.reference_row = torch.full_like(self.reference_row, -1)
-        self.reference_row[torch.as_tensor(labels, device=device)] = torch.arange(len(labels), device=device)
-        self.references = torch.as_tensor(profiles, dtype=torch.float32, device=device)
-        self.pools = pools
+        self.references.resize(len(members))
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
@@ -281,10 +267,11 @@ class CradleVAEModule(BaseModuleClass):
         vector, kl_artifact = self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
         z_perturbation = draw.to_cells(draw.rows, pairs)  # (P, n, D)
         z_artifact = vector * artifact  # (P, n, D)
-        q_basal = self.encoder(x_projected, *self._encoder_offsets(draw, pairs, vector, artifact))
+        offsets = self._encoder_offsets(draw, pairs, vector, artifact)
+        q_basal = self.encoder(x_projected, *offsets)
         q_basal = q_basal.expand((n_particles, *q_basal.batch_shape[-2:]))
         z_basal = q_basal.loc + q_basal.scale * normal_like(q_basal.loc, generator) if sample else q_basal.loc
-        latent = LatentDraw(draw, z_perturbation, vector, kl_artifact, z_artifact, q_basal, z_basal)
+        latent = LatentDraw(draw, z_perturbation, vector, kl_artifact, z_artifact, q_basal, z_basal, offsets)
         return {"latent": latent, "pairs": pairs, "x_projected": x_projected}
 
     def _encoder_offsets(self, draw: EffectDraw, pairs: Pairs, vector: Tensor, artifact: Tensor) -> tuple[Tensor, ...]:
@@ -371,43 +358,30 @@ class CradleVAEModule(BaseModuleClass):
         -------
         The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
         """
-        eligible = (artifact == 0) & (self.reference_row[label] >= 0)
+        eligible = (artifact == 0) & self.references.available(label)
         if self.cf_weight == 0 or not self.offsets or not bool(eligible.any()):
             return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
-        labels, inverse = torch.unique(label[eligible], return_inverse=True)
-        reference = self.encoder.first.project("x", self.standardize(self.reference_profiles(labels)))[inverse]
-        effects, vector = self._counterfactual_offsets(latent.effects, pairs, latent.artifact_vector, eligible)
-        counterfactual = self.encoder(x_projected[eligible], effects, vector)
+        cells = eligible.nonzero()[:, 0]
+        labels, inverse = torch.unique(label[cells], return_inverse=True)
+        reference = self.encoder.first.project("x", self.standardize(self.references(labels)))
+        reference = reference.index_select(0, inverse)
+        effects = latent.offsets[0].index_select(1, cells)
+        vector = self._artifact_on(latent.artifact_vector, cells)
+        counterfactual = self.encoder(x_projected.index_select(0, cells), effects, vector)
         if not self.share_global_samples:
             draw = self.effects.draw(pairs, len(effects), per_cell=self.per_cell)
             redrawn, _ = self.artifact.draw(*latent.artifact_vector.shape[:2])
-            effects, vector = self._counterfactual_offsets(draw, pairs, redrawn, eligible)
+            effects = draw.to_cells(self.encoder.first.project("perturbation", draw.rows), pairs).index_select(1, cells)
+            vector = self._artifact_on(redrawn, cells)
         target = self.encoder(reference, effects, vector)
         if self.cf_detach_reference:
             target = Normal(target.loc.detach(), target.scale.detach(), validate_args=False)
         first, second = (target, counterfactual) if self.cf_direction == "reference_first" else (counterfactual, target)
         return gaussian_kl(first.loc, first.scale, second.loc, second.scale).sum(-1), eligible
 
-    def _counterfactual_offsets(
-        self, draw: EffectDraw, pairs: Pairs, vector: Tensor, eligible: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the encoder offsets of eligible cells with the artifact switched on."""
-        on = torch.ones(1, 1, device=vector.device)
-        effects, artifact = self._encoder_offsets(draw, pairs, vector, on)
-        return effects[:, eligible], artifact.expand(-1, len(eligible), -1)[:, eligible]
-
-    def reference_profiles(self, labels: Tensor) -> Tensor:
-        """Return the reference counts of label codes, shape ``(n_labels, n_genes)``; redrawn if ``cf_resample``."""
-        rows = self.reference_row[labels]
-        if not self.cf_resample:
-            return self.references[rows]
-        profiles = []
-        for row in rows.tolist():
-            pool = self.pools[row]
-            chosen = torch.randint(pool.shape[0], (min(self.cf_n_samples, pool.shape[0]),)).numpy()
-            cells = torch.as_tensor(pool[chosen].toarray(), dtype=torch.float32, device=rows.device)
-            profiles.append(cells.mean(0) if self.cf_statistic == "mean" else cells.quantile(0.5, dim=0))
-        return torch.stack(profiles)
+    def _artifact_on(self, vector: Tensor, cells: Tensor) -> Tensor:
+        """Return the encoder offset of cells with the artifact switched on, shape ``(P, n_cells or 1, H)``."""
+        return self.encoder.first.project("artifact", vector if vector.shape[1] == 1 else vector.index_select(1, cells))
 
 
 def library_size(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from scvi_cradle.module.base._elbo import bernoulli_kl_logits, gaussian_kl, impo
 from scvi_cradle.module.base._expectation import LogNormalizedExpectation
 from scvi_cradle.module.base._likelihood import count_terms, fused_log_prob, negative_binomial_log_prob, softmax_rates
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
+from scvi_cradle.module.base._references import References
 
 __all__ = [
     "ArtifactLatent",
@@ -22,6 +23,7 @@ __all__ = [
     "LogNormalizedExpectation",
     "NegativeBinomialDecoder",
     "Pairs",
+    "References",
     "ResidualLayers",
     "SparseEffects",
     "SplitLinear",

@@ -73,7 +73,7 @@ def straight_through_bernoulli(logits: Tensor, temperature: float = 1.0, generat
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
     uniform = uniform.clamp(1e-7, 1 - 1e-7)
     relaxed = torch.sigmoid((logits + uniform.logit()) / temperature)
-    return (relaxed > 0.5).to(relaxed) + relaxed - relaxed.detach()
+    return (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
 
 
 class SparseEffects(nn.Module):

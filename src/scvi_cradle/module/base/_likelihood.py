@@ -2,11 +2,12 @@
 
 With ``rho = softmax(W f + b)``, ``mu = l (rho + 1e-8)`` and inverse dispersion ``theta``,
 
-``log p(x) = sum_g lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log theta
-+ x log mu - (x + theta) log(theta + mu)``.
+``log p(x) = sum_g lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) - x log theta
++ x log mu - (x + theta) log(1 + mu / theta)``.
 
-The first line depends on the cell alone (:func:`count_terms`, at non-zero counts, once for all particles). The second
-is computed block by block together with its gradient (:class:`_RateTerms`).
+The first line depends on the cell alone (:func:`count_terms`, at non-zero counts, once for all particles, in double
+precision). The second is computed block by block together with its gradient (:class:`_RateTerms`). No term is as large as
+``theta log theta``, which would leave no digits in single precision where a gene is nearly Poisson.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
 def count_terms(x: Tensor, theta: Tensor) -> Tensor:
     """Return the terms of the log-likelihood that do not depend on the mean, shape ``(n_cells,)``."""
     cell, gene = x.nonzero(as_tuple=True)
-    counts, shape = x[cell, gene], theta[gene]
-    terms = torch.lgamma(counts + shape) - torch.lgamma(shape) - torch.lgamma(counts + 1)
-    return terms.new_zeros(len(x)).index_add(0, cell, terms) + (theta * theta.log()).sum()
+    counts, wide = x[cell, gene].double(), theta.double()
+    terms = torch.lgamma(counts + wide.index_select(0, gene)) - torch.lgamma(counts + 1)
+    terms = terms - wide.lgamma().index_select(0, gene) - counts * wide.log().index_select(0, gene)
+    return terms.new_zeros(len(x)).index_add(0, cell, terms).to(x)
 
 
 class _RateTerms(torch.autograd.Function):
-    """``sum_g x log mu - (x + theta) log(theta + mu)`` per row, and the gradient of its weighted sum, in one pass."""
+    """``sum_g x log mu - (x + theta) log(1 + mu / theta)`` per row, and the gradient of its weighted sum, in one pass."""
 
     @staticmethod
     def forward(
@@ -60,6 +62,7 @@ class _RateTerms(torch.autograd.Function):
         values = features.new_empty(n_particles, n_cells)
         d_features = torch.empty_like(features) if any(needs) else None
         d_weight, d_bias, d_theta = torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(theta)
+        inverse = theta.reciprocal()
         block = max(1, BLOCK_ELEMENTS // x.shape[1])
         for start in range(0, n_cells, block):
             cells = slice(start, start + block)
@@ -70,14 +73,15 @@ class _RateTerms(torch.autograd.Function):
                 rho = torch.softmax(linear(f, weight, bias), dim=-1)
                 mu = (rho + RATE_FLOOR).mul_(scale)
                 total = mu + theta
-                log_total = total.log()
+                relative = mu * inverse
+                log_total = relative.log1p()  # log((theta + mu) / theta)
                 value = torch.einsum("cg,cg->c", counts, mu.log()) - torch.einsum("cg,cg->c", shifted, log_total)
                 values[particle, cells] = value
                 if d_features is None:
                     continue
                 w = row_weight[cells, None]
                 ratio = torch.div(shifted, total, out=total)
-                d_theta.sub_(log_total.add_(ratio).mul_(w).sum(0))
+                d_theta.sub_(log_total.sub_(relative.mul_(ratio)).mul_(w).sum(0))
                 slope = torch.div(counts, mu, out=mu).sub_(ratio).mul_(rho).mul_(scale * w)
                 slope.sub_(rho.mul_(slope.sum(-1, keepdim=True)))  # d value / d logits, weighted
                 d_features[particle, cells] = slope @ weight
@@ -116,6 +120,8 @@ def fused_log_prob(
     -------
     The sum (a scalar) and the log-likelihoods, shape ``(n_particles, n_cells)``.
     """
+    if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
+        features, weight, bias, theta = (v.detach() for v in (features, weight, bias, theta))
     rates, values = _RateTerms.apply(features, weight, bias, theta, x, library, row_weight)
     counts = count_terms(x, theta)
     return rates + (counts * row_weight).sum() * features.shape[0], values + counts.detach()
