@@ -216,14 +216,24 @@ class GenerationMixin(LabelledModel):
 
 
 def prior_logits(
-    module: Any, pairs: Pairs, tensors: dict[str, Tensor], *, artifact: bool, generator: Generator
+    module: Any,
+    pairs: Pairs,
+    tensors: dict[str, Tensor],
+    *,
+    artifact: bool,
+    generator: Generator,
+    vary_basal: bool = True,
 ) -> Tensor:
-    """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them."""
+    """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them.
+
+    ``vary_basal=False`` puts every cell at the mean of the prior, ``z_b = 0``.
+    """
     effects = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
     z_perturbation = effects.to_cells(effects.rows, pairs)  # (1, n, D)
     z_basal = torch.randn(z_perturbation.shape, generator=generator, device=z_perturbation.device)
     vector, _ = module.artifact.draw(1, pairs.n_cells, generator=generator)
     z_artifact = vector if artifact else torch.zeros_like(z_basal)
+    z_basal = z_basal if vary_basal else torch.zeros_like(z_basal)
     return module.decoder(z_basal, z_perturbation, z_artifact, module.covariates(tensors))[0]
 
 

@@ -17,14 +17,17 @@ from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL, KEYS, QC_UNS_KEY
 from scvi_cradle._matrix import to_csr
 from scvi_cradle.data import label_table
 from scvi_cradle.model._base import check_indices
-from scvi_cradle.model._generation import GenerationMixin
+from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
+from scvi_cradle.model._generation import GenerationMixin, prior_logits
 from scvi_cradle.model._inference import InferenceMixin
+from scvi_cradle.module.base import Pairs, gaussian_kl, softmax_rates
 
 MAX_CELLS = 1_500
 MIN_CELLS = 40
 N_COMPONENTS = 10
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = 0.5
+MIN_STATE_VARIANCE = 0.05
 
 
 class QualityMixin(GenerationMixin, InferenceMixin):
@@ -46,7 +49,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         ``kl_basal`` and ``kl_basal_failed``: mean of ``KL(q(z_b) || N(0, I))`` in nats over all and over failed cells;
         ``variance_ratio``: generated over real cell-to-cell variance of ``log2(1 + 1e4 x / sum(x))`` along the first
         ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
-        the other); left out when there are too few cells.
+        the other); ``state_variance_ratio``: the same beyond counting noise, that is after taking from both the variance
+        of cells that the model generates with one basal state. Both are left out when there are too few cells, the
+        latter also when counting noise is all there is.
         """
         data = self._validate_anndata(None)
         rng = np.random.default_rng(seed)
@@ -54,30 +59,52 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         cells = np.sort(rng.choice(train, min(MAX_CELLS, len(train)), replace=False))
         kls, flags = [], []
         for tensors, latent in self._latent_batches(data, cells, None, n_samples=1, sample=False):
-            kls.append(self.module.kl_basal(latent)[0].cpu().numpy())
+            q = latent.q_basal
+            kls.append(gaussian_kl(q.loc, q.scale, 0.0, 1.0).sum(-1)[0].cpu().numpy())
             flags.append(tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0)
         kl, failed = np.concatenate(kls), np.concatenate(flags)
         result = {"kl_basal": float(kl.mean())}
         if failed.any():
             result["kl_basal_failed"] = float(kl[failed].mean())
-        ratio = self._variance_ratio(train, rng, seed)
-        if ratio is not None:
-            result["variance_ratio"] = ratio
-        return result
+        return result | self._variance_ratios(train, rng, seed)
 
-    def _variance_ratio(self, train: np.ndarray, rng: np.random.Generator, seed: int) -> float | None:
+    def _variance_ratios(self, train: np.ndarray, rng: np.random.Generator, seed: int) -> dict[str, float]:
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[train].astype(int)
         passed = np.asarray(self.adata_manager.get_from_registry(KEYS.ARTIFACT)).ravel()[train] == 0
         if passed.sum() < MIN_CELLS:
-            return None
+            return {}
         label = int(np.bincount(codes[passed]).argmax())
         cells = train[passed & (codes == label)]
         if len(cells) < MIN_CELLS:
-            return None
+            return {}
         cells = np.sort(rng.choice(cells, min(MAX_CELLS, len(cells)), replace=False))
-        real = to_csr(self.adata_manager.get_from_registry("X")[cells])
-        generated = self.get_generated_expression([self._table.labels[label]], n_samples=len(cells), seed=seed)
-        return variance_ratio(real, generated.X, rng)
+        axes, real = principal_variance(to_csr(self.adata_manager.get_from_registry("X")[cells]), rng)
+        generated, noise = (
+            (
+                log_normalize(self._prior_counts(self._table.labels[label], max(500, len(cells)), seed, vary_basal=v))
+                @ axes.T
+            )
+            .var(0)
+            .sum()
+            for v in (True, False)
+        )
+        result = {"variance_ratio": float(generated / real)}
+        if real - noise > MIN_STATE_VARIANCE * real:
+            result["state_variance_ratio"] = float((generated - noise) / (real - noise))
+        return result
+
+    def _prior_counts(self, label: str, n_samples: int, seed: int, *, vary_basal: bool) -> sp.csr_matrix:
+        """Generate artifact-free counts of one label, with or without basal variation."""
+        module, generator = self.module, make_generator(seed, self.module.device)
+        rng = np.random.default_rng(seed)
+        draw = draw_libraries(self._library_pool, n_samples, "observed", artifact=False, batch=None, rng=rng)
+        tensors = as_module_input(covariate_tensors(self._library_pool, draw.rows), module.device)
+        members = torch.as_tensor(self._members([label]), device=module.device).expand(n_samples, -1)
+        logits = prior_logits(
+            module, Pairs.from_members(members), tensors, artifact=False, generator=generator, vary_basal=vary_basal
+        )
+        mu = softmax_rates(logits, torch.as_tensor(draw.total, device=module.device)[:, None])
+        return sp.csr_matrix(sample_counts(mu, module.decoder.theta, generator).cpu().numpy())
 
     @staticmethod
     def _diagnostic_warnings(diagnostics: dict[str, float]) -> list[str]:
@@ -90,7 +117,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
                     f"The basal state is unused in {which}: KL {value:.3g} nats, below {COLLAPSE_NATS}; "
                     "lower `cf_weight`, keep `cf_reduction='mean'`, or train longer."
                 )
-        ratio = diagnostics.get("variance_ratio")
+        ratio = min(
+            (diagnostics[k] for k in ("variance_ratio", "state_variance_ratio") if k in diagnostics), default=None
+        )
         if ratio is not None and ratio < MIN_VARIANCE_RATIO:
             messages.append(
                 f"Generated cells vary too little from cell to cell: {ratio:.2f} of the real variance, below "
@@ -255,22 +284,22 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         return real
 
 
-def variance_ratio(real: sp.csr_matrix, generated: sp.csr_matrix, rng: np.random.Generator) -> float:
-    """Return the generated over the real variance along principal components of half of the real cells.
+def principal_variance(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Return principal axes of one half of the cells, ``(n_axes, n_genes)``, and the variance of the other half along them.
 
     Parameters
     ----------
-    real, generated
+    counts
         Counts, shape ``(n_cells, n_genes)``.
     rng
-        Splits the real cells.
+        Splits the cells.
     """
-    order = rng.permutation(real.shape[0])
+    order = rng.permutation(counts.shape[0])
     half = len(order) // 2
-    values, new = log_normalize(real), log_normalize(generated)
+    values = log_normalize(counts)
     fitted = values[order[:half]] - values[order[:half]].mean(0)
     axes = np.linalg.svd(fitted, full_matrices=False)[2][: min(N_COMPONENTS, half - 1)]
-    return float((new @ axes.T).var(0).sum() / max((values[order[half:]] @ axes.T).var(0).sum(), 1e-12))
+    return axes, max(float((values[order[half:]] @ axes.T).var(0).sum()), 1e-12)
 
 
 def log_normalize(counts: sp.csr_matrix) -> np.ndarray:
