@@ -46,7 +46,9 @@ def content(adata):
             {k: np.asarray(v.todense() if sp.issparse(v) else v).tolist() for k, v in adata.obsm.items()},
             {k: v.toarray().tolist() for k, v in adata.layers.items()},
             repr(adata.uns),
-            None if adata.X is None else (type(adata.X).__name__, np.asarray(sp.csr_matrix(adata.X).todense()).tolist()),
+            None
+            if adata.X is None
+            else (type(adata.X).__name__, np.asarray(sp.csr_matrix(adata.X).todense()).tolist()),
         )
     )
 
@@ -204,7 +206,9 @@ def test_only_columns_of_scvi_tools_are_added():
     adata = make_adata()
     obs, obsm, uns = set(adata.obs), set(adata.obsm), set(adata.uns)
     CradleVAE.setup_anndata(adata, **KEYS, batch_key="batch", continuous_covariate_keys=["depth"])
-    assert all(k.startswith("_scvi") for k in (set(adata.obs) - obs) | (set(adata.obsm) - obsm) | (set(adata.uns) - uns))
+    assert all(
+        k.startswith("_scvi") for k in (set(adata.obs) - obs) | (set(adata.obsm) - obsm) | (set(adata.uns) - uns)
+    )
 
 
 def test_labels_become_codes_treatments_and_dosages():
@@ -261,7 +265,9 @@ def test_warnings_name_what_is_unusual():
 def test_a_dosage_matrix_is_the_second_path(as_frame):
     adata = make_adata()
     matrix = dosage(adata.n_obs, value=0.5)
-    adata.obsm["dosage"] = pd.DataFrame(matrix, columns=list("ABC"), index=adata.obs_names) if as_frame else sp.csr_matrix(matrix)
+    adata.obsm["dosage"] = (
+        pd.DataFrame(matrix, columns=list("ABC"), index=adata.obs_names) if as_frame else sp.csr_matrix(matrix)
+    )
     adata.uns["dosage_names"] = list("ABC")
     CradleVAE.setup_anndata(adata, perturbation_obsm_key="dosage", artifact_key="artifact")
     model = CradleVAE(adata)
@@ -298,7 +304,12 @@ def test_a_query_may_hold_new_combinations_of_known_treatments_only():
     [
         (lambda a: a[:, ::-1].copy(), "another order"),
         (lambda a: a[:, :5].copy(), "3 missing genes ('gene5', 'gene6', 'gene7')"),
-        (lambda a: ad.concat([a, ad.AnnData(a.X[:, :1], obs=a.obs[[]], var=pd.DataFrame(index=["new"]))], axis=1, merge="first"), "further genes ('new')"),
+        (
+            lambda a: ad.concat(
+                [a, ad.AnnData(a.X[:, :1], obs=a.obs[[]], var=pd.DataFrame(index=["new"]))], axis=1, merge="first"
+            ),
+            "further genes ('new')",
+        ),
     ],
     ids=["reversed", "missing", "extra"],
 )

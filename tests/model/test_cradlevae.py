@@ -161,7 +161,9 @@ def test_early_stopping_checkpoints_and_loggers_work(screen, tmp_path):
 def test_default_budget_grows_with_the_cells():
     from scvi_cradle.model._training import resolve_epochs
 
-    assert resolve_epochs(None, None, math.ceil(3000 / 128), 3000) * math.ceil(3000 / 128) == pytest.approx(1200, rel=0.03)
+    assert resolve_epochs(None, None, math.ceil(3000 / 128), 3000) * math.ceil(3000 / 128) == pytest.approx(
+        1200, rel=0.03
+    )
     assert resolve_epochs(None, None, math.ceil(15000 / 128), 15000) * 118 == pytest.approx(2050, rel=0.05)
     assert resolve_epochs(None, None, 782, 100_000) == 5
     assert resolve_epochs(None, None, 1, 50) == 307
@@ -254,7 +256,11 @@ def test_an_untrained_model_says_so(screen):
     adata = screen.copy()
     CradleVAE.setup_anndata(adata, **SETUP)
     model = CradleVAE(adata)
-    for call in (model.get_generated_expression, model.get_average_treatment_effects, model.get_counterfactual_reference):
+    for call in (
+        model.get_generated_expression,
+        model.get_average_treatment_effects,
+        model.get_counterfactual_reference,
+    ):
         with pytest.raises(RuntimeError, match="trained"):
             call()
 
@@ -288,7 +294,9 @@ def test_seeds_govern_generation_and_leave_global_randomness_alone(model):
     state = torch.random.get_rng_state()
     first = model.get_generated_expression(["G01"], n_samples=20, seed=5)
     assert torch.equal(state, torch.random.get_rng_state())
-    np.testing.assert_array_equal(first.X.toarray(), model.get_generated_expression(["G01"], n_samples=20, seed=5).X.toarray())
+    np.testing.assert_array_equal(
+        first.X.toarray(), model.get_generated_expression(["G01"], n_samples=20, seed=5).X.toarray()
+    )
     assert (first.X != model.get_generated_expression(["G01"], n_samples=20, seed=6).X).nnz
     drawn = []
     for _ in range(2):
@@ -360,7 +368,12 @@ def test_without_failed_cells_there_is_no_artifact_to_generate(screen):
 
 
 def test_batches_can_be_asked_for(model, screen):
-    cells = model.get_generated_expression(["G01"], n_samples=40, batch="batch_1" if "batch_1" in set(screen.obs["batch"]) else str(screen.obs["batch"].iloc[0]), seed=0)
+    cells = model.get_generated_expression(
+        ["G01"],
+        n_samples=40,
+        batch="batch_1" if "batch_1" in set(screen.obs["batch"]) else str(screen.obs["batch"].iloc[0]),
+        seed=0,
+    )
     assert cells.obs["batch"].nunique() == 1
 
 
@@ -401,7 +414,10 @@ def test_exact_effects_agree_with_sampled_ones(model):
     alone = model.get_average_treatment_effects(["G01"], n_particles=400, share_basal=False, seed=0)
     assert np.abs(alone.X).mean() > 0
     mean = model.get_average_treatment_effects(["G01"], n_particles=4000, method="mean", seed=0, library_size=1000.0)
-    cells = [model.get_generated_expression([x], n_samples=4000, seed=0, library_size=1000.0).X.toarray() for x in ("G01", "control")]
+    cells = [
+        model.get_generated_expression([x], n_samples=4000, seed=0, library_size=1000.0).X.toarray()
+        for x in ("G01", "control")
+    ]
     error = np.sqrt((cells[0].var(0) + cells[1].var(0)) / 4000) + mean.layers["std"][0] / np.sqrt(4000)
     assert (np.abs(mean.X[0] - (cells[0].mean(0) - cells[1].mean(0))) < 4 * error + 1e-3).mean() > 0.98
 
@@ -424,8 +440,12 @@ def test_bounds_are_ordered_and_consistent(model):
 
 def test_latent_components(model):
     indices = np.arange(30)
-    parts = [model.get_latent_representation(indices=indices, component=c) for c in ("basal", "perturbation", "artifact")]
-    np.testing.assert_allclose(model.get_latent_representation(indices=indices, component="full"), np.hstack(parts), rtol=1e-5)
+    parts = [
+        model.get_latent_representation(indices=indices, component=c) for c in ("basal", "perturbation", "artifact")
+    ]
+    np.testing.assert_allclose(
+        model.get_latent_representation(indices=indices, component="full"), np.hstack(parts), rtol=1e-5
+    )
     controls = (model.adata.obs["perturbation"].iloc[indices] == "control").to_numpy()
     failed = model.adata.obs["true_artifact"].to_numpy()[indices]
     assert (parts[1][controls] == 0).all()
@@ -502,7 +522,9 @@ def test_mudata_trains_like_anndata(screen, where):
     adata = screen.copy()
     weights = fit(adata, steps=4).module.state_dict()
     rna = screen.copy()
-    guide = ad.AnnData(sp.csr_matrix(screen.obsm["guide_counts"].to_numpy().astype(np.float32)), obs=screen.obs[[]].copy())
+    guide = ad.AnnData(
+        sp.csr_matrix(screen.obsm["guide_counts"].to_numpy().astype(np.float32)), obs=screen.obs[[]].copy()
+    )
     guide.var_names = [f"guide{i}" for i in range(guide.n_vars)]
     columns = ["perturbation", "true_artifact", "split"]
     obs = rna.obs[columns].copy()
