@@ -1,0 +1,7 @@
+"""Figures, with scanpy's habits: ``ax=``, ``show=`` and ``save=``."""
+
+from scvi_cradle.pl._effects import evaluation, treatment_effects
+from scvi_cradle.pl._qc import qc_thresholds, qc_violin
+from scvi_cradle.pl._training import training_history
+
+__all__ = ["evaluation", "qc_thresholds", "qc_violin", "training_history", "treatment_effects"]
