@@ -552,6 +552,34 @@ def test_mudata_without_the_modality_is_refused(screen):
         CradleVAE.setup_mudata(mdata, **SETUP)
 
 
+def test_warnings_point_at_the_users_line(screen):
+    adata = screen[~screen.obs["true_artifact"]].copy()
+    with pytest.warns(UserWarning, match="No cell failed QC") as caught:
+        CradleVAE.setup_anndata(adata, **SETUP)
+    assert caught[0].filename == __file__
+    empty = screen.copy()
+    kept = sp.diags((np.arange(empty.n_obs) != 5).astype(np.float32))
+    empty.X = sp.csr_matrix(kept @ empty.X)
+    with pytest.warns(UserWarning, match="no count at all") as caught:
+        CradleVAE.setup_anndata(empty, **SETUP)
+    assert caught[0].filename == __file__
+    model = CradleVAE(empty, n_latent=2, cf_weight=0.5, cf_reduction="sum")
+    with pytest.warns(UserWarning, match="basal state is unused|vary too little") as caught:
+        model.train(max_steps=2, enable_progress_bar=False)
+    assert __file__ in {w.filename for w in caught}
+
+
+def test_backed_data_keep_the_order_of_cells(model, screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    z = model.get_latent_representation(backed, np.array([3, 50, 120]))
+    np.testing.assert_allclose(z, model.get_latent_representation(indices=[3, 50, 120]), atol=1e-5)
+    with pytest.raises(ValueError, match="must ascend"):
+        model.get_latent_representation(backed, np.array([50, 3]))
+    with pytest.raises(ValueError, match="between 0 and 239"):
+        model.get_latent_representation(indices=[240])
+
+
 def test_covariates_enter_the_decoder(screen):
     adata = screen.copy()
     adata.obs["lane"] = np.where(np.arange(adata.n_obs) % 3 == 0, "x", "y")

@@ -100,6 +100,9 @@ def _cells(data: AnnData | MuData, arguments: SetupArguments) -> AnnData:
     if arguments.modality not in data.mod:
         msg = f"`modalities['rna']` must be a modality of the MuData; received {arguments.modality!r} (it holds {preview(data.mod)})."
         raise KeyError(msg)
+    if data.is_view:
+        msg = "The MuData must not be a view, since set-up adds columns to it; received a view: call `mdata = mdata.copy()` first."
+        raise ValueError(msg)
     rna = data.mod[arguments.modality]
     if rna.n_obs != data.n_obs:
         msg = f"Every cell must have expression; received {rna.n_obs} of {data.n_obs} cells in {arguments.modality!r}: subset the MuData."
@@ -196,7 +199,8 @@ def check_setup(adata: AnnData, a: SetupArguments) -> None:
     empty = int((row_sums(matrix) == 0).sum())
     if empty:
         _warn(
-            f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets."
+            f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets.",
+            stacklevel=5,
         )
     if flags is not None:
         _warn_confounded(labels, flags, a.rule.control_name)
@@ -290,5 +294,6 @@ def check_query(adata: AnnData, registry: dict[str, Any]) -> None:
         check_key(adata.obs, key, "adata.obs", "artifact_key")
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=6)
+def _warn(message: str, stacklevel: int = 6) -> None:
+    """Warn the caller of ``setup_anndata``."""
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)

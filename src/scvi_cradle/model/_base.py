@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 from anndata import AnnData
@@ -139,21 +139,42 @@ class LabelledModel(BaseModelClass):
 
     def _loader(self, adata: AnnData | MuData | None, indices: Sequence[int] | None, batch_size: int | None) -> Any:
         data = self._validate_anndata(adata)
-        positions = check_indices(indices, data.n_obs)
-        if getattr(data, "isbacked", False) and (np.diff(positions) < 0).any():
-            msg = "`indices` of a backed AnnData must be in ascending order; received another order: sort them."
-            raise ValueError(msg)
-        return self._make_data_loader(data, indices=positions, batch_size=batch_size)
+        return self._make_data_loader(data, indices=check_indices(indices, data), batch_size=batch_size)
+
+    # ---- persistence ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, dir_path: str, adata: AnnData | MuData | Literal[False] | None = None, **kwargs: Any) -> Self:
+        """Load a model that was saved with ``model.save(dir_path)``.
+
+        **Loading runs pickles**: a model file can execute any code. Load only files that you trust.
+
+        Parameters
+        ----------
+        dir_path
+            Folder of the saved model.
+        adata
+            Data to attach, checked against those of training. ``False``: without data, which is enough to generate
+            cells and effects. ``None``: the data saved with the model (``save(..., save_anndata=True)``), if any.
+        **kwargs
+            Further arguments of scvi-tools' ``load`` (``accelerator``, ``device``, ``prefix``, ...).
+
+        Returns
+        -------
+        The model; with the same seed it generates the same cells as the saved one.
+        """
+        return super().load(dir_path, adata=adata, **kwargs)
 
 
-def check_indices(indices: Sequence[int] | np.ndarray | None, n_obs: int) -> np.ndarray:
+def check_indices(indices: Sequence[int] | np.ndarray | None, data: AnnData | MuData) -> np.ndarray:
     """Return positions of cells from positions or a boolean mask.
 
     Raises
     ------
     ValueError
-        If a position lies outside the data.
+        If a position lies outside the data, or for positions of backed data that do not ascend.
     """
+    n_obs = data.n_obs
     if indices is None:
         return np.arange(n_obs)
     positions = np.asarray(indices)
@@ -162,9 +183,12 @@ def check_indices(indices: Sequence[int] | np.ndarray | None, n_obs: int) -> np.
     if len(positions) and (positions.min() < 0 or positions.max() >= n_obs):
         msg = f"`indices` must lie between 0 and {n_obs - 1}; received {positions.min()} to {positions.max()}."
         raise ValueError(msg)
+    if getattr(data, "isbacked", False) and (np.diff(positions) < 0).any():
+        msg = "`indices` of a backed AnnData must ascend; received another order: sort them."
+        raise ValueError(msg)
     return positions.astype(np.int64)
 
 
 def warn(message: str) -> None:
-    """Warn the caller of a public method."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+    """Warn the caller of a public method, from a helper of that method."""
+    warnings.warn(message, UserWarning, stacklevel=4)

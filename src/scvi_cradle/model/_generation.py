@@ -142,7 +142,7 @@ class GenerationMixin(LabelledModel):
         self._trained_counts()
         check_one_of("output", output, OUTPUTS)
         data = self._validate_anndata(adata)
-        positions = check_indices(indices, data.n_obs)
+        positions = check_indices(indices, data)
         targets = self._target_labels(perturbation, len(positions))
         loader = self._make_data_loader(data, indices=positions, batch_size=batch_size)
         generator, _ = _randomness(self, seed)

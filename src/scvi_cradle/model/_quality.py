@@ -218,7 +218,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             If there are no held-out cells and none were given.
         """
         data = self._validate_anndata(adata)
-        positions = self._held_out() if adata is None and indices is None else check_indices(indices, data.n_obs)
+        positions = self._held_out() if adata is None and indices is None else check_indices(indices, data)
         real = self._with_controls(
             self._real_cells(data, positions, passed_only=passed_only), data, passed_only=passed_only
         )
