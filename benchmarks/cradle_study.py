@@ -129,7 +129,8 @@ def rescue(model: cradle.CradleVAE, adata: ad.AnnData, seed: int) -> dict[str, f
     cells = np.flatnonzero(adata.obs["artifact"] & adata.obs["true_artifact"] & (adata.obs["split"] != "test"))
     twin, observed = adata.layers["clean_counts"][cells].toarray(), adata.X[cells].toarray()
     without, with_ = (
-        model.get_counterfactual_expression(indices=cells, artifact=a, output="mean", seed=seed).X for a in (False, True)
+        model.get_counterfactual_expression(indices=cells, artifact=a, output="mean", seed=seed).X
+        for a in (False, True)
     )
     error = [((log_normalize(x) - log_normalize(twin)) ** 2).mean(1) for x in (without, with_)]
     profile = {k: mean_profile(x) for k, x in {"twin": twin, "observed": observed, "without": without}.items()}

@@ -197,7 +197,7 @@ def test_decoder_forms_agree(combine, effect_path):
     x = torch.poisson(torch.full((4, 7), 3.0)).double()
     z = [torch.randn(2, 4, 3).double() for _ in range(3)]
     covariates = torch.randn(4, 2).double()
-    features = decoder.features(*z, covariates)
+    features = decoder.features_of(*z, covariates)
     library, weight = x.sum(1, keepdim=True), torch.tensor([1.0, 0.5, 2.0, 0.0]).double()
     log_prob = decoder.log_prob(x, features, library)
     mu = rates(decoder(*z, covariates), library)

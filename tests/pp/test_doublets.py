@@ -116,3 +116,16 @@ def test_without_the_package_the_message_names_the_extra():
     with pytest.raises(ImportError, match=r"pip install 'scvi-cradle\[scrublet\]'"):
         pp.qc_label(adata, criteria=("doublet",), doublets="scrublet-package")
     pd.testing.assert_frame_equal(adata.obs, before)
+
+
+def test_the_thread_count_of_torch_is_left_as_it_was():
+    import torch
+
+    rng = np.random.default_rng(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        call_doublets(sp.csr_matrix(rng.poisson(1.0, (200, 120))), "scrublet", batches=None, seed=0)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -233,7 +233,7 @@ def _log_weight(
     q = module.encoder(first.project("x", module.standardize(x))[None], *offsets)
     noise = torch.randn(q.loc.shape, generator=generator, device=x.device)
     z_basal = q.loc + q.scale * noise
-    features = module.decoder.features(z_basal, z_perturbation, z_artifact, module.covariates(tensors))
+    features = module.decoder.features_of(z_basal, z_perturbation, z_artifact, module.covariates(tensors))
     library = x.sum(1, keepdim=True).clamp_min(1)
     log_weight = module.decoder.log_prob(x, features, library)
     log_weight = log_weight + (-0.5 * (z_basal.square() + math.log(2 * math.pi)) - q.log_prob(z_basal)).sum(-1)

@@ -205,7 +205,12 @@ class CradleVAEModule(BaseModuleClass):
     def _get_generative_input(
         self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        return {"latent": inference_outputs["latent"], "covariates": self.covariates(tensors)}
+        return {
+            "latent": inference_outputs["latent"],
+            "pairs": inference_outputs["pairs"],
+            "artifact": self._get_inference_input(tensors)["artifact"],
+            "covariates": self.covariates(tensors),
+        }
 
     def covariates(self, tensors: dict[str, Tensor]) -> Tensor:
         """Return the covariate design of the decoder, shape ``(n_cells, n_covariates)``."""
@@ -283,10 +288,18 @@ class CradleVAEModule(BaseModuleClass):
         return effects, first.project("artifact", vector) * artifact
 
     @auto_move_data
-    def generative(self, latent: LatentDraw, covariates: Tensor) -> dict[str, Tensor]:
-        """Return the inputs of the decoder's output layer, shape ``(n_particles, n_cells, n_features)``."""
-        z = latent.z_basal, latent.z_perturbation, latent.z_artifact
-        return {"features": self.decoder.features(*z, covariates)}
+    def generative(self, latent: LatentDraw, pairs: Pairs, artifact: Tensor, covariates: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the decoder's output layer, shape ``(n_particles, n_cells, n_features)``.
+
+        Effects are projected once per row of their draw, the artifact vector once per draw.
+        """
+        decoder, projected = self.decoder, {"basal": self.decoder.project("basal", latent.z_basal)}
+        projected["artifact"] = decoder.project("artifact", latent.artifact_vector) * artifact
+        if "perturbation" in decoder.hidden_parts:
+            projected["perturbation"] = latent.effects.to_cells(
+                decoder.project("perturbation", latent.effects.rows), pairs
+            )
+        return {"features": decoder.features(projected, latent.z_perturbation, covariates)}
 
     # ---- objective --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +90,22 @@ def _call_usable(counts: sp.csr_matrix, run: Callable[[sp.csr_matrix, int], Call
     cells = np.flatnonzero(np.asarray((used > 0).sum(axis=1)).ravel() >= 3)
     if len(cells) < MIN_CELLS or len(genes) < MIN_GENES:
         return calls, f"{len(cells)} cells and {len(genes)} genes with counts, fewer than {MIN_CELLS} of one"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _threads_kept():
         warnings.simplefilter("ignore")
         calls[cells], note = run(used[cells].astype(np.float32), seed)
     return calls, note
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Put the thread count of torch back, where it is loaded: numba's kernels in Scrublet change it for the process."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(threads)
 
 
 def _scanpy_scrublet(counts: sp.csr_matrix, seed: int) -> Calls:

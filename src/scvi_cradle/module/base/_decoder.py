@@ -56,20 +56,26 @@ class NegativeBinomialDecoder(nn.Module):
         """Inverse dispersion of every gene, shape ``(n_genes,)``."""
         return self.log_theta.clamp(-LOG_THETA_BOUND, LOG_THETA_BOUND).exp()
 
-    def features(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
+    def project(self, part: str, value: Tensor) -> Tensor:
+        """Project one latent part by the first hidden layer, shape ``(..., n_hidden)``."""
+        return self.first.project(part if self.combine == "concat" else "latent", value)
+
+    def features(self, projected: dict[str, Tensor], z_perturbation: Tensor, covariates: Tensor) -> Tensor:
         """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_features)``.
 
         Parameters
         ----------
-        z_basal, z_perturbation, z_artifact
-            Latent parts, each broadcasting to ``(n_particles, n_cells, n_latent)``.
+        projected
+            The projection of every part in ``hidden_parts``, each broadcasting to
+            ``(n_particles, n_cells, n_hidden)``.
+        z_perturbation
+            Perturbation effects, shape ``(n_particles, n_cells, n_latent)``, for the linear path.
         covariates
             Covariate design, shape ``(n_cells, n_covariates)``.
         """
-        parts = dict(zip(PARTS, (z_basal, z_perturbation, z_artifact), strict=True))
         hidden: Tensor = self.first.bias
         for part in self.hidden_parts:
-            hidden = hidden + self.first.project(part if self.combine == "concat" else "latent", parts[part])
+            hidden = hidden + projected[part]
         if covariates.shape[-1]:
             hidden = hidden + self.first.project("covariates", covariates)
         hidden = self.hidden(activation(hidden))
@@ -77,9 +83,15 @@ class NegativeBinomialDecoder(nn.Module):
             return hidden
         return torch.cat([hidden, z_perturbation.expand(*hidden.shape[:-1], -1)], dim=-1)
 
+    def features_of(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
+        """Return :meth:`features` of latent parts that are given cell by cell."""
+        parts = dict(zip(PARTS, (z_basal, z_perturbation, z_artifact), strict=True))
+        projected = {part: self.project(part, parts[part]) for part in self.hidden_parts}
+        return self.features(projected, z_perturbation, covariates)
+
     def forward(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
         """Return logits of the gene shares, shape ``(n_particles, n_cells, n_genes)``."""
-        return self.output(self.features(z_basal, z_perturbation, z_artifact, covariates))
+        return self.output(self.features_of(z_basal, z_perturbation, z_artifact, covariates))
 
     def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""
