@@ -550,6 +550,10 @@ def test_mudata_without_the_modality_is_refused(screen):
     mdata = md.MuData({"gex": screen.copy()})
     with pytest.raises(KeyError, match="modalities"):
         CradleVAE.setup_mudata(mdata, **SETUP)
+    with pytest.raises(ValueError, match="does not use `guide_counts_key`"):
+        CradleVAE.setup_mudata(mdata, **SETUP, modalities={"rna": "gex"}, guide_counts_key="guides")
+    with pytest.raises(ValueError, match="must not be a view"):
+        CradleVAE.setup_mudata(mdata[:50], **SETUP, modalities={"rna": "gex"})
 
 
 def test_warnings_point_at_the_users_line(screen, monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,20 @@ class SetupArguments:
     unused: dict[str, Any]
     modality: str | None = None
     needs_artifact: bool = True
+
+    @classmethod
+    def from_call(
+        cls, model: str, call: Mapping[str, Any], *, unused: Sequence[str] = (), modality: str | None = None
+    ) -> SetupArguments:
+        """Collect the arguments of a ``setup_anndata`` (its ``locals()``) and name those that the model does not use."""
+        names = [f.name for f in fields_of(cls) if f.name in call and f.name != "model"]
+        return cls(
+            model=model,
+            rule=LabelRule.create(call["control"], call["sep"]),
+            unused={name: call[name] for name in unused},
+            modality=modality,
+            **{name: call[name] for name in names},
+        )
 
     @property
     def obs_keys(self) -> dict[str, str]:

@@ -17,12 +17,12 @@ from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
 from scvi_cradle._constants import QC_UNS_KEY
-from scvi_cradle._labels import LabelRule
 from scvi_cradle.data import SetupArguments, build_manager
 from scvi_cradle.model._effects import EffectsMixin
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.module import CradleVAEModule
 
+UNUSED = ("artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 MODEL_ONLY = ("mask_prior_prob", "mask_init_logits", "output_bias")
 
 
@@ -227,23 +227,7 @@ class CradleVAE(TrainingMixin, EffectsMixin):
             For anything that must not be trained on, in one sentence with the remedy.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        arguments = SetupArguments(
-            model=cls.__name__,
-            perturbation_key=perturbation_key,
-            perturbation_obsm_key=perturbation_obsm_key,
-            rule=LabelRule.create(control, sep),
-            layer=layer,
-            artifact_key=artifact_key,
-            batch_key=batch_key,
-            categorical_covariate_keys=categorical_covariate_keys,
-            continuous_covariate_keys=continuous_covariate_keys,
-            unused={
-                "artifact_keys": artifact_keys,
-                "guide_counts_key": guide_counts_key,
-                "guide_targets": guide_targets,
-                "cell_type_key": cell_type_key,
-            },
-        )
+        arguments = SetupArguments.from_call(cls.__name__, setup_method_args["setup_args"], unused=UNUSED)
         cls.register_manager(build_manager(adata, arguments, setup_method_args, **kwargs))
 
     @classmethod
@@ -258,6 +242,10 @@ class CradleVAE(TrainingMixin, EffectsMixin):
         sep: str | None = "+",
         layer: str | None = None,
         artifact_key: str | None = None,
+        artifact_keys: Sequence[str] | None = None,
+        guide_counts_key: str | None = None,
+        guide_targets: Any = None,
+        cell_type_key: str | None = None,
         batch_key: str | None = None,
         categorical_covariate_keys: list[str] | None = None,
         continuous_covariate_keys: list[str] | None = None,
@@ -273,6 +261,8 @@ class CradleVAE(TrainingMixin, EffectsMixin):
             Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; this model uses ``"rna"``.
         perturbation_key, perturbation_obsm_key, control, sep, layer, artifact_key
             As in :meth:`setup_anndata`.
+        artifact_keys, guide_counts_key, guide_targets, cell_type_key
+            Not used by this model; an error when given.
         batch_key, categorical_covariate_keys, continuous_covariate_keys
             As in :meth:`setup_anndata`.
 
@@ -282,18 +272,8 @@ class CradleVAE(TrainingMixin, EffectsMixin):
             As :meth:`setup_anndata`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        arguments = SetupArguments(
-            model=cls.__name__,
-            perturbation_key=perturbation_key,
-            perturbation_obsm_key=perturbation_obsm_key,
-            rule=LabelRule.create(control, sep),
-            layer=layer,
-            artifact_key=artifact_key,
-            batch_key=batch_key,
-            categorical_covariate_keys=categorical_covariate_keys,
-            continuous_covariate_keys=continuous_covariate_keys,
-            unused={},
-            modality=(modalities or {}).get("rna", "rna"),
+        arguments = SetupArguments.from_call(
+            cls.__name__, setup_method_args["setup_args"], unused=UNUSED, modality=(modalities or {}).get("rna", "rna")
         )
         cls.register_manager(build_manager(mdata, arguments, setup_method_args, **kwargs))
 
