@@ -32,7 +32,8 @@ class LabelRule:
     @classmethod
     def create(cls, control: str | Sequence[str | None], sep: str | None = "+") -> LabelRule:
         """Check the arguments of a ``setup_anndata`` and return the rule."""
-        tokens = [control] if isinstance(control, str) or control is None else list(control)
+        several = isinstance(control, Iterable) and not isinstance(control, str)
+        tokens = list(control) if several else [control]
         names = tuple(dict.fromkeys(str(t).strip() for t in tokens if not pd.isna(t)))
         missing = any(pd.isna(t) for t in tokens)
         if not names and not missing:

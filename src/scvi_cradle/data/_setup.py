@@ -19,7 +19,7 @@ from scvi_cradle._association import association_table
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
 from scvi_cradle._matrix import check_counts, get_matrix, row_sums
-from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
+from scvi_cradle._validation import as_flags, check_key, check_unique_names, near_matches, preview
 from scvi_cradle.data._fields import (
     ARTIFACT_REMEDY,
     ArtifactField,
@@ -31,6 +31,8 @@ from scvi_cradle.data._fields import (
     dosage_labels,
     dosage_matrix,
     dosage_names,
+    label_rule,
+    label_table,
 )
 
 
@@ -57,9 +59,11 @@ class SetupArguments:
     ) -> SetupArguments:
         """Collect the arguments of a ``setup_anndata`` (its ``locals()``) and name those that the model does not use."""
         names = [f.name for f in fields_of(cls) if f.name in call and f.name != "model"]
+        # labels of dosage matrices are made here, and joined and split by the same text
+        sep = call["sep"] if call["perturbation_obsm_key"] is None else call["sep"] or "+"
         return cls(
             model=model,
-            rule=LabelRule.create(call["control"], call["sep"]),
+            rule=LabelRule.create(call["control"], sep),
             unused={name: call[name] for name in unused},
             modality=modality,
             **{name: call[name] for name in names},
@@ -95,12 +99,11 @@ def build_manager(
     ValueError
         For everything else that must not be trained on; nothing has been written by then.
     """
-    cells = _cells(data, arguments)
     if source_registry is None:
         _check_arguments(arguments)
-        check_setup(cells, arguments)
+        check_setup(_cells(data, arguments), arguments)
     else:
-        check_query(cells, source_registry)
+        check_query(data, source_registry)
     manager = AnnDataManager(fields=_fields(data, arguments), setup_method_args=setup_method_args)
     manager.register_fields(data, source_registry=source_registry, **kwargs)
     return manager
@@ -108,20 +111,31 @@ def build_manager(
 
 def _cells(data: AnnData | MuData, arguments: SetupArguments) -> AnnData:
     """Return the AnnData with the counts; for MuData a copy of its frame that also knows the global columns."""
+    if isinstance(data, MuData) and data.is_view:
+        msg = "The MuData must not be a view, since set-up adds columns to it; received a view: call `mdata = mdata.copy()` first."
+        raise ValueError(msg)
+    return expression_of(data, arguments.modality)
+
+
+def expression_of(data: AnnData | MuData, modality: str | None) -> AnnData:
+    """Return the AnnData with the counts; of a MuData a new frame around the modality that also has the global columns.
+
+    Raises
+    ------
+    TypeError, KeyError, ValueError
+        If the data are neither, if the modality is not there, or if a cell has no expression.
+    """
     if isinstance(data, AnnData):
         return data
     if not isinstance(data, MuData):
         msg = f"The data must be an AnnData (or a MuData for `setup_mudata`); received {type(data).__name__}."
         raise TypeError(msg)
-    if arguments.modality not in data.mod:
-        msg = f"`modalities['rna']` must be a modality of the MuData; received {arguments.modality!r} (it holds {preview(data.mod)})."
+    if modality not in data.mod:
+        msg = f"`modalities['rna']` must be a modality of the MuData; received {modality!r} (it holds {preview(data.mod)})."
         raise KeyError(msg)
-    if data.is_view:
-        msg = "The MuData must not be a view, since set-up adds columns to it; received a view: call `mdata = mdata.copy()` first."
-        raise ValueError(msg)
-    rna = data.mod[arguments.modality]
+    rna = data.mod[modality]
     if rna.n_obs != data.n_obs:
-        msg = f"Every cell must have expression; received {rna.n_obs} of {data.n_obs} cells in {arguments.modality!r}: subset the MuData."
+        msg = f"Every cell must have expression; received {rna.n_obs} of {data.n_obs} cells in {modality!r}: subset the MuData."
         raise ValueError(msg)
     obs = pd.concat([rna.obs, data.obs.loc[:, [c for c in data.obs if c not in rna.obs]].loc[rna.obs_names]], axis=1)
     joint = AnnData(X=rna.X, obs=obs, var=rna.var)
@@ -190,6 +204,10 @@ def _check_arguments(a: SetupArguments) -> None:
         received = "both" if a.perturbation_key is not None else "neither"
         msg = f"Pass either `perturbation_key` (labels) or `perturbation_obsm_key` (dosages); received {received}."
         raise ValueError(msg)
+    for argument in ("categorical_covariate_keys", "continuous_covariate_keys"):
+        if isinstance(getattr(a, argument), str):
+            msg = f"`{argument}` must be a list of columns; received the text {getattr(a, argument)!r}: put it in brackets."
+            raise TypeError(msg)
     if a.needs_artifact and a.artifact_key is None:
         msg = f"{a.model} needs `artifact_key`, a column that marks cells that failed QC; received None: {ARTIFACT_REMEDY}."
         raise ValueError(msg)
@@ -249,15 +267,19 @@ def _check_labels(adata: AnnData, a: SetupArguments) -> pd.Categorical:
     if bad or len(set(names)) < len(names):
         msg = f"Columns of `obsm[{key!r}]` must be unique treatment names without {a.rule.sep!r} and without control; received {preview(bad or names)}."
         raise ValueError(msg)
-    dosage = dosage_matrix(adata, key)
-    if not np.isfinite(dosage.data).all() or (dosage.data < 0).any():
-        msg = f"`obsm[{key!r}]` must hold finite non-negative dosages; received NaN, infinite or negative values."
-        raise ValueError(msg)
+    _check_dosage(adata, key)
     labels = dosage_labels(adata, key, a.rule)
     if a.rule.control_name not in labels.categories:
         msg = f"At least one cell must be a control, an all-zero row of `obsm[{key!r}]`; received none."
         raise ValueError(msg)
     return labels
+
+
+def _check_dosage(adata: AnnData, key: str) -> None:
+    values = dosage_matrix(adata, key).data
+    if not np.isfinite(values).all() or (values < 0).any():
+        msg = f"`obsm[{key!r}]` must hold finite non-negative dosages; received NaN, infinite or negative values."
+        raise ValueError(msg)
 
 
 def _check_flags(adata: AnnData, a: SetupArguments) -> np.ndarray | None:
@@ -284,15 +306,20 @@ def _warn_confounded(labels: pd.Categorical, flags: np.ndarray, control: str) ->
         )
 
 
-def check_query(adata: AnnData, registry: dict[str, Any]) -> None:
-    """Check that a query has the genes of training in their order, and counts.
+def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> None:
+    """Check that a query fits the training data before anything is written into it.
 
     Raises
     ------
+    KeyError
+        If a column is missing.
     ValueError
-        If genes are missing, added or reordered, or if the values are not counts.
+        If genes are missing, added or reordered, if the values are not counts, for an unknown treatment or category, and
+        for flags or dosages that cannot be.
     """
-    x_registry = registry["field_registries"][REGISTRY_KEYS.X_KEY]
+    registries = registry["field_registries"]
+    x_registry = registries[REGISTRY_KEYS.X_KEY]
+    adata = expression_of(data, x_registry["data_registry"].get("mod_key"))
     trained = [str(g) for g in x_registry["state_registry"]["column_names"]]
     names = [str(g) for g in adata.var_names]
     if names != trained:
@@ -305,9 +332,32 @@ def check_query(adata: AnnData, registry: dict[str, Any]) -> None:
         raise ValueError(msg)
     layer = x_registry["data_registry"]["attr_key"]
     check_counts(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
-    if KEYS.ARTIFACT in registry["field_registries"]:
-        key = registry["field_registries"][KEYS.ARTIFACT]["state_registry"]["original_key"]
+    state = registries[KEYS.PERTURBATION]["state_registry"]
+    if state["from_dosage"]:
+        key = registries[KEYS.DOSAGE]["data_registry"]["attr_key"]
+        check_key(adata.obsm, key, "adata.obsm", "perturbation_obsm_key")
+        _check_dosage(adata, key)
+    else:
+        check_key(adata.obs, state["original_key"], "adata.obs", "perturbation_key")
+        labels = canonical_labels(adata.obs[state["original_key"]], label_rule(state))
+        label_table(state).extend(list(labels.categories), label_rule(state))
+    if KEYS.ARTIFACT in registries:
+        key = registries[KEYS.ARTIFACT]["state_registry"]["original_key"]
         check_key(adata.obs, key, "adata.obs", "artifact_key")
+        as_flags(adata.obs[key], f"`obs[{key!r}]`", ARTIFACT_REMEDY)
+    _check_categories(adata, registries)
+
+
+def _check_categories(adata: AnnData, registries: dict[str, Any]) -> None:
+    batch = registries[REGISTRY_KEYS.BATCH_KEY]["state_registry"]
+    known = {} if batch["original_key"].startswith("_scvi") else {batch["original_key"]: batch["categorical_mapping"]}
+    known |= registries.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {}).get("mappings", {})
+    for key, categories in known.items():
+        check_key(adata.obs, key, "adata.obs", "batch_key or categorical_covariate_keys")
+        unknown = sorted(set(adata.obs[key].astype(str)) - set(map(str, categories)))
+        if unknown:
+            msg = f"`obs[{key!r}]` of a query must hold categories seen in training; received {preview(unknown)}{near_matches(unknown[0], categories)}: drop these cells or relabel them."
+            raise ValueError(msg)
 
 
 def _warn(message: str, stacklevel: int = 6) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,13 @@ from scvi_cradle._validation import check_key, preview
 SPLIT_VALUES = ("train", "val", "test", "unused")
 
 
-def split_indices(manager: AnnDataManager, split_key: str | None, **splitter_kwargs: Any) -> list[np.ndarray]:
+def split_indices(
+    manager: AnnDataManager,
+    split_key: str | None,
+    *,
+    external_indexing: Sequence[np.ndarray] | None = None,
+    **splitter_kwargs: Any,
+) -> list[np.ndarray]:
     """Return training, validation and other cells, from a column or at random as scvi-tools does it.
 
     Parameters
@@ -23,6 +30,8 @@ def split_indices(manager: AnnDataManager, split_key: str | None, **splitter_kwa
         Manager of the AnnData.
     split_key
         Column of ``"train"``, ``"val"``, ``"test"``, ``"unused"``; ``None``: a random split.
+    external_indexing
+        Positions of training, validation and test cells, as scvi-tools takes them; instead of ``split_key``.
     splitter_kwargs
         ``train_size``, ``validation_size``, ``shuffle_set_split``, ``batch_size`` of
         :class:`~scvi.dataloaders.DataSplitter`.
@@ -34,6 +43,11 @@ def split_indices(manager: AnnDataManager, split_key: str | None, **splitter_kwa
     ValueError
         If the column holds anything else or misses values, or if no cell is for training.
     """
+    if external_indexing is not None:
+        if split_key is not None:
+            msg = "The split comes from `split_key` or from `external_indexing`; received both: leave one out."
+            raise ValueError(msg)
+        return [np.asarray(i, dtype=np.int64) for i in (*external_indexing, [], [])[:3]]
     if split_key is None:
         splitter = DataSplitter(manager, **splitter_kwargs)
         splitter.setup()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ class LabelledModel(BaseModelClass):
     references_: dict[str, Any] | None
     diagnostics_: dict[str, float] | None
     qc_record_: dict[str, Any] | None
+    train_cells_: str | None
     _architecture: dict[str, Any]
     _training_settings: dict[str, Any]
 
@@ -113,6 +115,12 @@ class LabelledModel(BaseModelClass):
             raise ValueError(msg)
         return batches.index(str(batch))
 
+    def _has_training_data(self) -> bool:
+        """Whether the attached data are those of training, so that stored positions of cells mean them."""
+        return (
+            self.adata is not None and self.train_indices_ is not None and cells_hash(self.adata) == self.train_cells_
+        )
+
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def _validate_anndata(self, adata: AnnData | MuData | None = None, copy_if_view: bool = True) -> AnnData | MuData:
@@ -123,7 +131,7 @@ class LabelledModel(BaseModelClass):
         data = self.adata if adata is None else adata
         if getattr(data, "is_view", False):
             data = data.copy()
-        if self._manager_of(data) is None and isinstance(data, AnnData):
+        if self._manager_of(data) is None:
             check_query(data, self.registry_)
         return super()._validate_anndata(data, copy_if_view=copy_if_view)
 
@@ -178,6 +186,9 @@ def check_indices(indices: Sequence[int] | np.ndarray | None, data: AnnData | Mu
     if indices is None:
         return np.arange(n_obs)
     positions = np.asarray(indices)
+    if positions.size == 0:
+        msg = "`indices` must name at least one cell; received none."
+        raise ValueError(msg)
     if positions.dtype == bool:
         positions = np.flatnonzero(positions)
     if len(positions) and (positions.min() < 0 or positions.max() >= n_obs):
@@ -187,6 +198,11 @@ def check_indices(indices: Sequence[int] | np.ndarray | None, data: AnnData | Mu
         msg = "`indices` of a backed AnnData must ascend; received another order: sort them."
         raise ValueError(msg)
     return positions.astype(np.int64)
+
+
+def cells_hash(data: AnnData | MuData) -> str:
+    """Return a hash of the names of cells, in their order."""
+    return sha256("\n".join(map(str, data.obs_names)).encode()).hexdigest()
 
 
 def warn(message: str) -> None:

@@ -157,7 +157,7 @@ class CradleVAE(TrainingMixin, EffectsMixin):
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},
         )
         self.module.set_labels(self._table.padded_members())
-        self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = None
+        self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = self.train_cells_ = None
         self.qc_record_ = stored_qc_record(self.adata, self._artifact_key)
         self._model_summary_string = (
             f"CradleVAE with {len(self._genes)} genes, {len(self._table.treatments)} treatments, "

@@ -144,6 +144,7 @@ class GenerationMixin(LabelledModel):
         data = self._validate_anndata(adata)
         positions = check_indices(indices, data)
         targets = self._target_labels(perturbation, len(positions))
+        self._requested_labels(self._observed_labels(data, positions).unique().tolist())  # trained, or an error
         loader = self._make_data_loader(data, indices=positions, batch_size=batch_size)
         generator, _ = _randomness(self, seed)
         blocks, start = [], 0
@@ -196,18 +197,23 @@ class GenerationMixin(LabelledModel):
         if len(state["categorical_mapping"]) > 1:
             obs[state["original_key"]] = pd.Categorical.from_codes(codes, categories=self._batches)
 
+    def _observed_labels(self, data: AnnData | MuData, positions: np.ndarray) -> pd.Categorical:
+        manager = self.get_anndata_manager(data, required=True)
+        codes = np.asarray(manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions].astype(int)
+        labels = np.array(manager.get_state_registry(KEYS.PERTURBATION)["labels"], dtype=object)
+        return pd.Categorical(labels[codes])
+
     def _counterfactual_obs(
         self, data: AnnData | MuData, positions: np.ndarray, targets: list[str] | None, *, artifact: bool
     ) -> pd.DataFrame:
         manager = self.get_anndata_manager(data, required=True)
         state = manager.get_state_registry(KEYS.PERTURBATION)
-        codes = np.asarray(manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions].astype(int)
-        observed = np.array(state["labels"], dtype=object)[codes]
+        observed = self._observed_labels(data, positions)
         cells = data.obs.iloc[positions]
         obs = cells.drop(columns=[c for c in cells if str(c).startswith("_scvi")])
         key = COLUMNS.PERTURBATION if state["from_dosage"] else state["original_key"]
-        obs[COLUMNS.PERTURBATION_OBSERVED] = pd.Categorical(observed)
-        obs[key] = pd.Categorical(observed if targets is None else targets)
+        obs[COLUMNS.PERTURBATION_OBSERVED] = observed
+        obs[key] = observed if targets is None else pd.Categorical(targets)
         if self._artifact_key is not None:
             flags = np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
             obs[f"{self._artifact_key}_observed"] = flags

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
@@ -93,6 +92,7 @@ class InferenceMixin(LabelledModel):
         -------
         Array of shape ``(n_cells,)``, in nats.
         """
+        self._trained_counts()
         check_positive("n_particles", n_particles, integer=True)
         seed = int(torch.randint(2**31 - 1, (1,)))
         device, bounds = self.module.device, []
@@ -117,70 +117,93 @@ class InferenceMixin(LabelledModel):
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
-        *,
-        n_particles: int = 1,
         batch_size: int | None = None,
-    ) -> float:
-        """Return the mean ELBO per cell in nats (higher is better), each cell with its share of the global terms.
+        *,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+        return_mean: bool = True,
+        n_particles: int = 1,
+    ) -> float | np.ndarray:
+        """Return the ELBO in nats (higher is better), each cell with its share of the global terms.
 
         Parameters
         ----------
         adata, indices
             Cells; default: the model's own.
-        n_particles
-            Draws per cell.
         batch_size
             Cells at once.
+        dataloader
+            Batches of tensors, instead of ``adata``.
+        return_mean
+            The mean over cells, or one value per cell, shape ``(n_cells,)``.
+        n_particles
+            Draws per cell.
         """
-        total, n = 0.0, 0
-        module = self.module
-        for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, n_samples=n_particles):
-            decoded = module.generative(**module._get_generative_input(tensors, outputs))
-            loss = module.loss(tensors, outputs, decoded, n_obs=1)
-            n_cells = len(tensors[REGISTRY_KEYS.X_KEY])
-            total += float(loss.reconstruction_loss_sum + loss.kl_local_sum + loss.kl_global_sum * n_cells)
-            n += n_cells
-        return -total / n
+        values = []
+        for tensors, outputs in self._batches_with_outputs(
+            adata, indices, batch_size, dataloader, n_samples=n_particles
+        ):
+            error, kl_basal, kl_global = _elbo_terms(self.module, tensors, outputs)
+            values.append((-error - kl_basal - kl_global).cpu().numpy())
+        elbo = np.concatenate(values)
+        return float(elbo.mean(dtype=np.float64)) if return_mean else elbo
 
     @torch.inference_mode()
     def get_reconstruction_error(
         self,
         adata: AnnData | None = None,
         indices: Sequence[int] | None = None,
-        *,
-        n_particles: int = 1,
         batch_size: int | None = None,
-    ) -> dict[str, float]:
-        """Return ``{"reconstruction_loss": ...}``: the mean of ``-log p(x | z)`` per cell in nats, at draws of the posterior.
+        *,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+        return_mean: bool = True,
+        n_particles: int = 1,
+    ) -> dict[str, Any]:
+        """Return ``{"reconstruction_loss": ...}``: ``-log p(x | z)`` in nats, at draws of the posterior.
 
         Parameters
         ----------
-        adata, indices
-            Cells; default: the model's own.
-        n_particles
-            Draws per cell.
-        batch_size
-            Cells at once.
+        adata, indices, batch_size, dataloader, return_mean, n_particles
+            As in :meth:`get_elbo`.
         """
-        total, n = 0.0, 0
-        module = self.module
-        for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, n_samples=n_particles):
-            decoded = module.generative(**module._get_generative_input(tensors, outputs))
-            loss = module.loss(tensors, outputs, decoded)
-            total += float(loss.reconstruction_loss_sum)
-            n += len(tensors[REGISTRY_KEYS.X_KEY])
-        return {"reconstruction_loss": total / n}
+        values = []
+        for tensors, outputs in self._batches_with_outputs(
+            adata, indices, batch_size, dataloader, n_samples=n_particles
+        ):
+            values.append(_elbo_terms(self.module, tensors, outputs)[0].cpu().numpy())
+        error = np.concatenate(values)
+        return {"reconstruction_loss": float(error.mean(dtype=np.float64)) if return_mean else error}
 
-    def _batches_with_outputs(self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any) -> Any:
-        self._check_if_trained(warn=False)
+    def _batches_with_outputs(
+        self,
+        adata: AnnData | None,
+        indices: Any,
+        batch_size: int | None,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        self._trained_counts()
         self.module.eval()
-        for tensors in self._loader(adata, indices, batch_size):
-            tensors = as_module_input(tensors, self.module.device)
-            yield tensors, self.module.inference(**self.module._get_inference_input(tensors), **kwargs)
+        for tensors in self._loader(adata, indices, batch_size) if dataloader is None else dataloader:
+            moved = as_module_input(tensors, self.module.device)
+            yield moved, self.module.inference(**self.module._get_inference_input(moved), **kwargs)
 
-    def _latent_batches(self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any) -> Any:
+    def _latent_batches(
+        self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any
+    ) -> Iterator[tuple[dict[str, Tensor], Any]]:
         for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, **kwargs):
             yield tensors, outputs["latent"]
+
+
+def _elbo_terms(module: Any, tensors: dict[str, Tensor], outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return reconstruction error, divergence of ``z_b`` and share of the global divergences of every cell, ``(n_cells,)``."""
+    latent, pairs = outputs["latent"], outputs["pairs"]
+    loss = module.loss(tensors, outputs, module.generative(**module._get_generative_input(tensors, outputs)))
+    n_obs = module.n_obs_per_treatment[pairs.treatment]
+    share = torch.where(n_obs > 0, latent.effects.kl.mean(0)[latent.effects.row_of_pair] / n_obs.clamp_min(1), 0.0)
+    error = loss.reconstruction_loss["reconstruction_loss"]
+    kl_global = torch.zeros_like(error).index_add(0, pairs.cell, share)
+    artifact = module._get_inference_input(tensors)["artifact"][:, 0]
+    return error, loss.kl_local["kl_basal"], kl_global + latent.kl_artifact * artifact / module.n_failed.clamp_min(1)
 
 
 def _draw_globals(module: Any, generator: torch.Generator) -> dict[str, Tensor]:

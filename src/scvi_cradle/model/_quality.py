@@ -53,6 +53,10 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         of cells that the model generates with one basal state. Both are left out when there are too few cells, the
         latter also when counting noise is all there is.
         """
+        self._trained_counts()
+        if not self._has_training_data():
+            msg = "Diagnostics need the data of training; received a model with other data or none: load it with them, or read `diagnostics_`."
+            raise ValueError(msg)
         data = self._validate_anndata(None)
         rng = np.random.default_rng(seed)
         train = np.asarray(self.train_indices_)
@@ -158,7 +162,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         -------
         DataFrame as that of :func:`scvi_cradle.metrics.qc_pass_rate`: a row per label and ``"all"``; columns
         ``generated``, ``real``, ``real_passed``, the same per criterion, and ``criteria_left_out`` (the doublet
-        criterion). Without data (``load(adata=False)``) the columns of real cells are left out.
+        criterion). Without the data of training (``load(adata=False)``) the columns of real cells are left out.
         ``attrs["diagnostics"]`` holds :meth:`get_diagnostics`.
 
         Raises
@@ -170,10 +174,11 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         if record is None:
             msg = "QC thresholds are needed; the training data hold none for this flag: label them with `scvi_cradle.pp.qc_label`, or pass `thresholds=adata.uns['qc_label']`."
             raise ValueError(msg)
+        record = {**record, "layer": ""}  # the cells compared here have their counts in X
         generated = self.get_generated_expression(
             perturbations, n_samples=n_samples, artifact=artifact, library_size=library_size, seed=seed
         )
-        if self.adata is None:
+        if not self._has_training_data():
             table = metrics.qc_pass_rate(generated, generated, thresholds=record)
             table = table[[c for c in table if not str(c).startswith(("real", "n_real"))]]
         else:
@@ -219,12 +224,10 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         """
         data = self._validate_anndata(adata)
         positions = self._held_out() if adata is None and indices is None else check_indices(indices, data)
-        real = self._with_controls(
-            self._real_cells(data, positions, passed_only=passed_only), data, passed_only=passed_only
-        )
+        real = self._with_controls(self._real_cells(data, positions, passed_only=passed_only), passed_only=passed_only)
         train = (
             self._real_cells(self.adata, np.asarray(self.train_indices_), passed_only=passed_only)
-            if self.adata is not None
+            if self._has_training_data()
             else None
         )
         control = self._rule.control_name
@@ -237,7 +240,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             predicted,
             perturbation_key=COLUMNS.PERTURBATION,
             control=control,
-            sep=self._rule.sep or "+",
+            sep=self._rule.sep,
             train=train,
             n_bootstrap=n_bootstrap,
             seed=seed,
@@ -247,20 +250,23 @@ class QualityMixin(GenerationMixin, InferenceMixin):
 
     def _held_out(self) -> np.ndarray:
         for held_out in (self.test_indices_, self.validation_indices_):
-            if held_out is not None and len(held_out):
+            if held_out is not None and len(held_out) and self._has_training_data():
                 return np.asarray(held_out)
         msg = "There are no held-out cells; train with `split_key` or `train_size`, or pass `adata` or `indices`."
         raise ValueError(msg)
 
-    def _with_controls(self, real: AnnData, data: AnnData | MuData, *, passed_only: bool) -> AnnData:
+    def _with_controls(self, real: AnnData, *, passed_only: bool) -> AnnData:
         """Add control cells where the real cells hold none: those of the validation set, else of the training set."""
         control = self._rule.control_name
-        if (real.obs[COLUMNS.PERTURBATION] == control).any() or data is not self.adata:
+        if (real.obs[COLUMNS.PERTURBATION] == control).any():
             return real
+        if not self._has_training_data():
+            msg = "`adata` must hold control cells, since the model was loaded without its own data; received none: add controls."
+            raise ValueError(msg)
         for source in (self.validation_indices_, self.train_indices_):
             if source is None or not len(source):
                 continue
-            cells = self._real_cells(data, np.asarray(source), passed_only=passed_only)
+            cells = self._real_cells(self.adata, np.asarray(source), passed_only=passed_only)
             controls = cells[(cells.obs[COLUMNS.PERTURBATION] == control).to_numpy()]
             if controls.n_obs:
                 return concat([real, controls], uns_merge="first")
@@ -277,6 +283,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             {COLUMNS.PERTURBATION: pd.Categorical(labels[codes[kept]]), COLUMNS.ARTIFACT: flags[kept]},
             index=np.asarray(data.obs_names)[positions[kept]],
         )
+        if len(self._batches) > 1:  # thresholds may be per batch
+            batch = np.asarray(manager.get_from_registry("batch")).ravel()[positions[kept]].astype(int)
+            obs[self._state("batch")["original_key"]] = pd.Categorical.from_codes(batch, categories=self._batches)
         matrix = to_csr(manager.get_from_registry("X")[positions[kept]])
         real = AnnData(X=matrix, obs=obs, var=pd.DataFrame(index=self._genes))
         if self.qc_record_ is not None:

@@ -13,7 +13,7 @@ from scvi.model.base import UnsupervisedTrainingMixin
 from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_positive
 from scvi_cradle.data import TrainingStatistics, split_indices, training_statistics
-from scvi_cradle.model._base import warn
+from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
 
@@ -85,11 +85,13 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
                 check_positive(name, value, integer=True)
+        self._validate_anndata(None)
         settings_ = dict(self._training_settings)
         batch_size = batch_size or settings_["batch_size"]
         split = split_indices(
             self.adata_manager,
             split_key,
+            external_indexing=(datasplitter_kwargs or {}).get("external_indexing"),
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
@@ -114,6 +116,9 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
             **(trainer | kwargs),
         )
+        if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
+            self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
+        self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
 
     def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
