@@ -28,6 +28,7 @@ SETTINGS = {
     "default": {},
     "cf_weight=0": {"cf_weight": 0.0},
     "cf_weight=0.5": {"cf_weight": 0.5},
+    "cf_direction=counterfactual_first": {"cf_weight": 0.5, "cf_direction": "counterfactual_first"},
     "cf summed (published)": {"cf_weight": 0.5, "cf_reduction": "sum"},
     "embedding": {"artifact_latent": "embedding"},
     "effect_path=both": {"effect_path": "both"},
