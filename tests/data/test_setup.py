@@ -261,6 +261,8 @@ def test_warnings_name_what_is_unusual():
         CradleVAE.setup_anndata(toxic, **KEYS)
 
 
+# scvi-tools hands the read-only views of pandas 3 to torch, which only reads them
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 @pytest.mark.parametrize("as_frame", [True, False])
 def test_a_dosage_matrix_is_the_second_path(as_frame):
     adata = make_adata()

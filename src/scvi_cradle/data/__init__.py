@@ -1,7 +1,8 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
 from scvi_cradle.data._fields import ArtifactField, DosageField, PerturbationField, label_rule, label_table
-from scvi_cradle.data._setup import SetupArguments, build_manager, check_query
+from scvi_cradle.data._queries import check_query
+from scvi_cradle.data._setup import SetupArguments, build_manager
 from scvi_cradle.data._splits import split_indices
 from scvi_cradle.data._statistics import TrainingStatistics, training_statistics
 
