@@ -20,7 +20,7 @@ CURVES = {
     "kl_local": ("KL of the basal state", "nats per cell"),
     "kl_treatment": ("KL of treatment effects", "nats per cell"),
     "kl_artifact": ("KL of the artifact", "nats per cell"),
-    "cf_kl": ("counterfactual KL", "nats per failed cell"),
+    "cf_kl": ("counterfactual KL", "nats per eligible cell"),
 }
 ENDINGS = {"train": (BLUE, "-"), "validation": (ORANGE, "--")}
 
