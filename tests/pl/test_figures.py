@@ -250,3 +250,19 @@ def test_history_draws_what_is_there() -> None:
 def test_bad_input(call: Callable[[], Any], error: type[Exception], part: str) -> None:
     with pytest.raises(error, match=part):
         call()
+
+
+def test_a_backend_that_turns_interactive_while_drawing_stays_so():
+    import matplotlib as mpl
+
+    from scvi_cradle.pl._style import style
+
+    before = mpl.is_interactive()
+    size = mpl.rcParams["font.size"]
+    try:
+        with style():
+            mpl.interactive(True)  # as the backend of notebooks does when the first figure loads it
+        assert mpl.is_interactive()
+        assert mpl.rcParams["font.size"] == size
+    finally:
+        mpl.interactive(before)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,9 +43,17 @@ SETTINGS: dict[Any, Any] = {
 AxesArgument = Axes | Sequence[Axes] | np.ndarray | None
 
 
-def style() -> AbstractContextManager[Any]:
-    """Return the context in which figures are drawn; matplotlib's settings are restored at its end."""
-    return mpl.rc_context(SETTINGS)
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw figures with our settings; matplotlib's are restored at the end.
+
+    A backend may be loaded only by the first figure, and says then whether figures show by themselves (as in
+    notebooks): that is kept.
+    """
+    with mpl.rc_context(SETTINGS):
+        yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)
 
 
 def panels(
