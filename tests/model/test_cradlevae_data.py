@@ -122,7 +122,7 @@ def test_dosages_do_not_need_a_separator_and_are_checked_in_queries(screen):
     adata = screen.copy()
     adata.obsm["dose"] = dosages(adata)
     model = fit(adata, perturbation_key=None, perturbation_obsm_key="dose", sep=None)
-    assert "G01+G02" in model._table.labels or any("+" in label for label in model._table.labels)
+    assert any("+" in label for label in model._table.labels)
     for value in (np.nan, -1.0):
         query = screen[:20].copy()
         query.obsm["dose"] = dosages(query)
@@ -164,8 +164,6 @@ def test_a_refused_query_is_left_as_it_was(column, value, message):
 
 
 def test_mudata_queries_are_checked(screen):
-    columns = ["perturbation", "artifact", "split"]
-
     def mudata(rna):
         data = md.MuData({"rna": rna})
         data.obs["split"] = rna.obs["split"].to_numpy()
@@ -181,7 +179,6 @@ def test_mudata_queries_are_checked(screen):
     logged.X = sp.csr_matrix(np.log1p(logged.X.toarray()))
     with pytest.raises(ValueError, match="fractional"):
         model.get_latent_representation(mudata(logged))
-    assert set(columns) <= set(screen.obs)
 
 
 def test_positions_of_training_mean_the_data_of_training_only(model, screen, tmp_path):
@@ -213,10 +210,8 @@ def test_a_given_size_needs_no_failed_cell_in_the_batch():
     adata.obs["artifact"] = adata.obs["true_artifact"] & (adata.obs["batch"] == batches[1])
     model = fit(adata, batch_key="batch")
     asked = {"artifact": True, "batch": batches[0], "n_samples": 4}
-    assert (
-        model.get_generated_expression(["G1"] if "G1" in adata.var_names else ["G01"], library_size=1e3, **asked).n_obs
-        == 4
-    )
+    single = sorted(set(adata.obs["perturbation"]) - {"control"})[0]
+    assert model.get_generated_expression([single], library_size=1e3, **asked).n_obs == 4
     with pytest.raises(ValueError, match="none in this batch"):
         model.get_generated_expression(**asked)
 

@@ -55,12 +55,10 @@ def draw_libraries(
         raise ValueError(msg)
     if not isinstance(library_size, str):
         check_positive("library_size", library_size)
-    in_batch = (batch is None) | (pool["batch"] == batch)
+    in_batch = np.ones(len(pool["batch"]), dtype=bool) if batch is None else pool["batch"] == batch
     eligible = np.flatnonzero((pool["artifact"] == artifact) & in_batch)
     if not len(eligible) and not isinstance(library_size, str) and (pool["artifact"] == artifact).any():
-        eligible = np.flatnonzero(
-            in_batch & np.ones_like(pool["artifact"])
-        )  # the size is given, only covariates are drawn
+        eligible = np.flatnonzero(in_batch)  # the size is given, only covariates are drawn
     if not len(eligible):
         kind = "failed" if artifact else "passed"
         msg = f"Library sizes are drawn from training cells that {kind} QC; received a request for which there is none{'' if batch is None else ' in this batch'}: train with such cells or ask for `artifact={not artifact}`."

@@ -19,6 +19,7 @@ from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel, check_indices
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
 from scvi_cradle.module.base import Pairs, softmax_rates
+from scvi_cradle.module.base import library_size as observed_library_size
 
 Output = Literal["counts", "mean", "normalized"]
 OUTPUTS = ("counts", "mean", "normalized")
@@ -257,7 +258,7 @@ def _blocks(n: int, batch_size: int | None) -> Iterator[np.ndarray]:
 def _own_library(x: Tensor, library_size: float | str) -> Tensor:
     if isinstance(library_size, str):
         check_one_of("library_size", library_size, ("observed",))
-        return x.sum(1, keepdim=True).clamp_min(1)
+        return observed_library_size(x)
     check_positive("library_size", library_size)
     return torch.full((len(x), 1), float(library_size), device=x.device)
 

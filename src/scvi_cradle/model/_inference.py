@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Normal
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel
 from scvi_cradle.model._draws import as_module_input
-from scvi_cradle.module.base import importance_weighted_bound
+from scvi_cradle.module.base import importance_weighted_bound, library_size
 
 
 class InferenceMixin(LabelledModel):
@@ -257,8 +257,7 @@ def _log_weight(
     noise = torch.randn(q.loc.shape, generator=generator, device=x.device)
     z_basal = q.loc + q.scale * noise
     features = module.decoder.features_of(z_basal, z_perturbation, z_artifact, module.covariates(tensors))
-    library = x.sum(1, keepdim=True).clamp_min(1)
-    log_weight = module.decoder.log_prob(x, features, library)
+    log_weight = module.decoder.log_prob(x, features, library_size(x))
     log_weight = log_weight + (-0.5 * (z_basal.square() + math.log(2 * math.pi)) - q.log_prob(z_basal)).sum(-1)
     if score_global:
         n_obs = module.n_obs_per_treatment

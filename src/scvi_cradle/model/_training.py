@@ -66,7 +66,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         train_size, validation_size, shuffle_set_split
             The random split, as in scvi-tools.
         early_stopping
-            Stop when the validation ELBO no longer improves. Off by default: it selects poorly.
+            Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed.
         plan_kwargs
             Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
         datasplitter_kwargs

@@ -23,6 +23,7 @@ from scvi_cradle.module.base import (
     References,
     SparseEffects,
     gaussian_kl,
+    library_size,
     normal_like,
 )
 
@@ -245,7 +246,6 @@ class CradleVAEModule(BaseModuleClass):
         dosage: Tensor | None = None,
         n_samples: int | None = None,
         sample: bool = True,
-        shared: bool = False,
         generator: Generator | None = None,
     ) -> dict[str, Any]:
         """Draw the latent variables of cells.
@@ -258,17 +258,14 @@ class CradleVAEModule(BaseModuleClass):
             Number of particles; default: the module's.
         sample
             Whether to draw, or to take posterior means.
-        shared
-            Draw the global variables once per particle, whatever the module's ``draws``.
         generator
             Source of randomness; default: torch's global one.
         """
         n_particles = n_samples or self.n_particles
         pairs = self.pairs(label, dosage)
-        per_cell = self.per_cell and not shared
         x_projected = self.encoder.first.project("x", self.standardize(x))  # (n, H), once for all passes
-        draw = self.effects.draw(pairs, n_particles, per_cell=per_cell, sample=sample, generator=generator)
-        n_vectors = len(x) if per_cell else 1
+        draw = self.effects.draw(pairs, n_particles, per_cell=self.per_cell, sample=sample, generator=generator)
+        n_vectors = len(x) if self.per_cell else 1
         vector, kl_artifact = self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
         z_perturbation = draw.to_cells(draw.rows, pairs)  # (P, n, D)
         z_artifact = vector * artifact  # (P, n, D)
@@ -395,9 +392,3 @@ class CradleVAEModule(BaseModuleClass):
     def _artifact_on(self, vector: Tensor, cells: Tensor) -> Tensor:
         """Return the encoder offset of cells with the artifact switched on, shape ``(P, n_cells or 1, H)``."""
         return self.encoder.first.project("artifact", vector if vector.shape[1] == 1 else vector.index_select(1, cells))
-
-
-def library_size(x: Tensor) -> Tensor:
-    """Return the total count of every cell, shape ``(n_cells, 1)``; 1 for a cell without counts."""
-    total = x.sum(-1, keepdim=True)
-    return torch.where(total > 0, total, torch.ones_like(total))

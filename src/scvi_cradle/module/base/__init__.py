@@ -11,7 +11,13 @@ from scvi_cradle.module.base._effects import (
 )
 from scvi_cradle.module.base._elbo import bernoulli_kl_logits, gaussian_kl, importance_weighted_bound
 from scvi_cradle.module.base._expectation import LogNormalizedExpectation
-from scvi_cradle.module.base._likelihood import count_terms, fused_log_prob, negative_binomial_log_prob, softmax_rates
+from scvi_cradle.module.base._likelihood import (
+    count_terms,
+    fused_log_prob,
+    library_size,
+    negative_binomial_log_prob,
+    softmax_rates,
+)
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
 from scvi_cradle.module.base._references import References
 
@@ -32,6 +38,7 @@ __all__ = [
     "fused_log_prob",
     "gaussian_kl",
     "importance_weighted_bound",
+    "library_size",
     "negative_binomial_log_prob",
     "normal_like",
     "softmax_rates",

@@ -22,6 +22,12 @@ RATE_FLOOR = 1e-8
 BLOCK_ELEMENTS = 1 << 17
 
 
+def library_size(x: Tensor) -> Tensor:
+    """Return the total count of every cell, shape ``(n_cells, 1)``; 1 for a cell without counts."""
+    total = x.sum(-1, keepdim=True)
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
 def softmax_rates(logits: Tensor, library: Tensor) -> Tensor:
     """Return ``l (softmax(logits) + 1e-8)``, shape ``(..., n_cells, n_genes)``."""
     return (torch.softmax(logits, dim=-1) + RATE_FLOOR) * library
