@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from scvi_cradle import baselines, benchmark, datasets, metrics, model, module, pl, pp, presets
-from scvi_cradle.model import CradleVAE
+from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus
 
 try:
     __version__ = version("scvi-cradle")
@@ -11,7 +11,11 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "CPAVAE",
+    "SAMSVAE",
+    "ConditionalVAE",
     "CradleVAE",
+    "SVAEPlus",
     "__version__",
     "baselines",
     "benchmark",

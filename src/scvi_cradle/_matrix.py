@@ -70,6 +70,14 @@ def check_counts(matrix: Any, where: str) -> None:
         raise ValueError(msg)
 
 
+def check_finite(matrix: Any, where: str) -> None:
+    """Raise ``ValueError`` unless every value is finite."""
+    for _, block in iter_blocks(matrix):
+        if block.dtype.kind == "f" and not np.isfinite(block.data).all():
+            msg = f"{where} must hold finite values; received NaN or infinite values: drop these cells or genes."
+            raise ValueError(msg)
+
+
 def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
     sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from scvi_cradle._validation import check_one_of, check_positive, check_probability, near_matches
+from scvi_cradle._validation import check_one_of, check_positive, check_probability
 
 RECOMMENDED: dict[str, Any] = {
     "n_latent": 50,
@@ -75,12 +76,98 @@ TRAINING_PAPER: dict[str, Any] = TRAINING_RECOMMENDED | {
     "max_epochs": 2000,
 }
 
-#: Settings by preset: the constructor's and ``train``'s. Mappings are read-only; copy them to change them.
-CRADLE_VAE = MappingProxyType(
+ARTIFACT_SETTINGS = ("artifact_init_scale", "artifact_latent", "share_global_samples", "reconstruction_balance")
+
+
+def _select(settings: dict[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings that do not belong to the artifact, to its counterfactual term, or to ``without``."""
+    left_out = (*ARTIFACT_SETTINGS, *without)
+    return {k: v for k, v in settings.items() if not k.startswith("cf_") and k not in left_out}
+
+
+SAMS_RECOMMENDED: dict[str, Any] = _select(RECOMMENDED) | {
+    "mask_prior": "bernoulli",
+    "mask_beta": (1.0, 2.0),
+    "mask_prob_posterior": "point",
+    "prior_weight_per_cell": 0.0,
+    "likelihood": "nb",
+    "encode_combinations": "additive",
+}
+SAMS_PAPER: dict[str, Any] = SAMS_RECOMMENDED | {
+    "n_latent": 100,
+    "n_hidden": 400,
+    "mask_prior_prob": 0.001,
+    "posterior": "correlated",
+    "embedding_init_scale": 1.0,
+    "combine": "sum",
+    "effect_path": "decoder",
+    "draws": "batch",
+    "n_particles": 5,
+    "kl": "sampled",
+    "output_bias": "random",
+}
+MASK_SETTINGS = (
+    *("mask_prior", "mask_prior_prob", "mask_beta", "mask_prob_posterior", "mask_init_logits", "gs_temperature"),
+    *("prior_weight_per_cell", "embedding_n_layers", "embedding_n_hidden"),
+)
+CPA_RECOMMENDED = _select(SAMS_RECOMMENDED, without=MASK_SETTINGS)
+CPA_PAPER = _select(SAMS_PAPER, without=MASK_SETTINGS) | {"posterior": "correlated_basal"}
+EFFECT_SETTINGS = (
+    *("posterior", "embedding_prior_scale", "embedding_init_scale", "combine", "effect_path", "draws"),
+    "encode_combinations",
+)
+CONDITIONAL_RECOMMENDED = _select(CPA_RECOMMENDED, without=EFFECT_SETTINGS)
+CONDITIONAL_PAPER = _select(CPA_PAPER, without=EFFECT_SETTINGS)
+SVAE_RECOMMENDED = CONDITIONAL_RECOMMENDED | {
+    "variant": "sams",
+    "mask_beta": (1.0, 2.0),
+    "mask_init_logits": 0.0,
+    "embedding_init_scale": 0.1,
+    "gs_temperature": 1.0,
+    "draws": "cell",
+    "encode_combinations": "unique",
+}
+SVAE_PAPER = SVAE_RECOMMENDED | CONDITIONAL_PAPER | {"draws": "batch"}
+#: What ``variant="lopez"`` changes: the original's start, networks and closed-form divergence.
+LOPEZ = MappingProxyType(
     {
-        "recommended": (MappingProxyType(RECOMMENDED), MappingProxyType(TRAINING_RECOMMENDED)),
-        "paper": (MappingProxyType(PAPER), MappingProxyType(TRAINING_PAPER)),
-        "published": (MappingProxyType(PUBLISHED), MappingProxyType(TRAINING_PAPER)),
+        "mask_init_logits": 5.0,
+        "embedding_init_scale": 1.0,
+        "n_layers_encoder": 2,
+        "n_layers_decoder": 2,
+        "draws": "cell",
+        "n_particles": 1,
+        "kl": "analytic",
+    }
+)
+TRAINING_LOPEZ = MappingProxyType({"n_epochs_kl_warmup": 50})
+TRAINING_SAMS_PAPER: dict[str, Any] = TRAINING_PAPER | {"max_epochs": None, "max_steps": 150_000}
+
+
+def _presets(**settings: tuple[dict[str, Any], dict[str, Any]]) -> Mapping[str, Any]:
+    return MappingProxyType({k: (MappingProxyType(a), MappingProxyType(t)) for k, (a, t) in settings.items()})
+
+
+#: Settings by preset: the constructor's and ``train``'s. Mappings are read-only; copy them to change them.
+CRADLE_VAE = _presets(
+    recommended=(RECOMMENDED, TRAINING_RECOMMENDED),
+    paper=(PAPER, TRAINING_PAPER),
+    published=(PUBLISHED, TRAINING_PAPER),
+)
+SAMS_VAE = _presets(recommended=(SAMS_RECOMMENDED, TRAINING_RECOMMENDED), paper=(SAMS_PAPER, TRAINING_SAMS_PAPER))
+CPA_VAE = _presets(recommended=(CPA_RECOMMENDED, TRAINING_RECOMMENDED), paper=(CPA_PAPER, TRAINING_SAMS_PAPER))
+CONDITIONAL_VAE = _presets(
+    recommended=(CONDITIONAL_RECOMMENDED, TRAINING_RECOMMENDED), paper=(CONDITIONAL_PAPER, TRAINING_SAMS_PAPER)
+)
+SVAE_PLUS = _presets(recommended=(SVAE_RECOMMENDED, TRAINING_RECOMMENDED), paper=(SVAE_PAPER, TRAINING_SAMS_PAPER))
+#: Presets by the name of the model.
+MODELS = MappingProxyType(
+    {
+        "CradleVAE": CRADLE_VAE,
+        "SAMSVAE": SAMS_VAE,
+        "CPAVAE": CPA_VAE,
+        "ConditionalVAE": CONDITIONAL_VAE,
+        "SVAEPlus": SVAE_PLUS,
     }
 )
 
@@ -97,6 +184,11 @@ CHOICES = {
     "cf_statistic": ("median", "mean"),
     "reconstruction_balance": ("none", "batch", "dataset"),
     "output_bias": ("data", "random"),
+    "mask_prior": ("bernoulli", "beta_bernoulli"),
+    "mask_prob_posterior": ("point", "beta"),
+    "likelihood": ("nb", "poisson", "gaussian"),
+    "encode_combinations": ("additive", "unique"),
+    "variant": ("sams", "lopez"),
 }
 COUNTS = (
     "n_latent",
@@ -111,36 +203,59 @@ COUNTS = (
 POSITIVE = ("embedding_prior_scale", "embedding_init_scale", "artifact_init_scale", "gs_temperature")
 
 
-def resolve(preset: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def resolve(model: str, preset: str | None, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constructor's and the training settings of a preset, with what the user gave in place.
 
     Raises
     ------
     ValueError
         For an unknown preset.
-    TypeError
-        For an unknown argument; the message names near matches.
     """
     name = preset or "recommended"
-    check_one_of("preset", name, tuple(CRADLE_VAE))
-    architecture, training = CRADLE_VAE[name]
-    unknown = [key for key in given if key not in architecture]
-    if unknown:
-        msg = f"The constructor takes no argument {unknown[0]!r}{near_matches(unknown[0], architecture)}."
-        raise TypeError(msg)
-    return {**architecture, **{k: v for k, v in given.items() if v is not None}}, dict(training)
+    check_one_of("preset", name, tuple(MODELS[model]))
+    architecture, training = MODELS[model][name]
+    return {**architecture, **{k: v for k, v in given.items() if k in architecture and v is not None}}, dict(training)
 
 
-def check(architecture: dict[str, Any], mask_prior_logit: float | None = None) -> None:
-    """Raise ``ValueError`` for an argument of the constructor that cannot be."""
-    for name, allowed in CHOICES.items():
-        check_one_of(name, architecture[name], allowed)
+def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, **allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` for an argument of the constructor that cannot be; ``allowed`` narrows the choices."""
+    for name, choices in (CHOICES | allowed).items():
+        if name in architecture:
+            check_one_of(name, architecture[name], choices)
     for name in COUNTS:
-        check_positive(name, architecture[name], integer=True)
+        if name in architecture:
+            check_positive(name, architecture[name], integer=True)
     for name in POSITIVE:
-        check_positive(name, architecture[name])
-    check_positive("cf_weight", architecture["cf_weight"], allow_zero=True)
-    check_probability("mask_prior_prob", architecture["mask_prior_prob"])
+        if name in architecture:
+            check_positive(name, architecture[name])
+    for name in ("cf_weight", "prior_weight_per_cell"):
+        if name in architecture:
+            check_positive(name, architecture[name], allow_zero=True)
+    if "mask_prior_prob" in architecture:
+        check_probability("mask_prior_prob", architecture["mask_prior_prob"])
     if mask_prior_logit is not None and not math.isfinite(mask_prior_logit):
         msg = f"`mask_prior_logit` must be finite; received {mask_prior_logit!r}."
         raise ValueError(msg)
+    if "mask_beta" in architecture:
+        _check_beta(architecture["mask_beta"])
+    if architecture.get("prior_weight_per_cell") and architecture["mask_prior"] != "bernoulli":
+        msg = f"`prior_weight_per_cell` weighs a Bernoulli prior; received mask_prior={architecture['mask_prior']!r}: leave it at 0."
+        raise ValueError(msg)
+
+
+def _check_beta(concentration: Any) -> None:
+    try:
+        values = [float(c) for c in concentration]
+    except (TypeError, ValueError):
+        values = []
+    if len(values) != 2 or not all(math.isfinite(c) and c > 0 for c in values):
+        msg = f"`mask_beta` must be two positive numbers (a, b) of the Beta prior; received {concentration!r}."
+        raise ValueError(msg)
+
+
+def prior_logit(architecture: dict[str, Any], mask_prior_logit: float | None) -> float:
+    """Return the log-odds of a mask entry: the given ones, else those of ``mask_prior_prob``."""
+    if mask_prior_logit is not None:
+        return float(mask_prior_logit)
+    probability = architecture["mask_prior_prob"]
+    return math.log(probability) - math.log1p(-probability)

@@ -1,6 +1,13 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
-from scvi_cradle.data._fields import ArtifactField, DosageField, PerturbationField, label_rule, label_table
+from scvi_cradle.data._fields import (
+    ArtifactField,
+    DosageField,
+    PerturbationField,
+    holds_counts,
+    label_rule,
+    label_table,
+)
 from scvi_cradle.data._queries import check_query
 from scvi_cradle.data._setup import SetupArguments, build_manager
 from scvi_cradle.data._splits import split_indices
@@ -14,6 +21,7 @@ __all__ = [
     "TrainingStatistics",
     "build_manager",
     "check_query",
+    "holds_counts",
     "label_rule",
     "label_table",
     "split_indices",

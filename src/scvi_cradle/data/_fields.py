@@ -13,13 +13,32 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from scvi.data.fields import BaseAnnDataField, MuDataWrapper, ObsmField
+from scvi.data.fields import BaseAnnDataField, LayerField, MuDataWrapper, ObsmField
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, canonical_labels, label_members
 from scvi_cradle._validation import as_flags, check_key, preview
 
 ARTIFACT_REMEDY = "write such a column with `scvi_cradle.pp.qc_label(adata)`"
+
+
+class ExpressionField(LayerField):
+    """Expression matrix, left as it is stored; whether it holds counts is part of its registry."""
+
+    IS_COUNTS_KEY = "is_counts"
+
+    def __init__(self, registry_key: str, layer: str | None, *, is_counts: bool) -> None:
+        super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
+        self.is_counts = is_counts
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Register the matrix and its kind."""
+        return super().register_field(adata) | {self.IS_COUNTS_KEY: self.is_counts}
+
+    def transfer_field(self, state_registry: dict[str, Any], adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
+        """Register the matrix of a query, which is of the kind of training."""
+        self.is_counts = holds_counts(state_registry)
+        return super().transfer_field(state_registry, adata_target, **kwargs)
 
 
 class _DerivedObsField(BaseAnnDataField):
@@ -160,6 +179,7 @@ class DosageField(ObsmField):
         return {self.COLUMN_NAMES_KEY: names}
 
 
+MuDataExpressionField = MuDataWrapper(ExpressionField)
 MuDataArtifactField = MuDataWrapper(ArtifactField)
 MuDataPerturbationField = MuDataWrapper(PerturbationField)
 MuDataDosageField = MuDataWrapper(DosageField)
@@ -194,6 +214,11 @@ def dosage_labels(adata: AnnData, obsm_key: str, rule: LabelRule) -> pd.Categori
     rows = [tuple(dosage.indices[a:b]) for a, b in zip(dosage.indptr[:-1], dosage.indptr[1:], strict=True)]
     label_of = {row: rule.join([str(n) for n in names[list(row)]]) for row in set(rows)}
     return pd.Categorical([label_of[row] for row in rows])
+
+
+def holds_counts(state_registry: dict[str, Any]) -> bool:
+    """Return whether the expression of a registry is counts."""
+    return bool(state_registry[ExpressionField.IS_COUNTS_KEY])
 
 
 def label_rule(state_registry: dict[str, Any]) -> LabelRule:

@@ -12,9 +12,9 @@ from scvi import REGISTRY_KEYS
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import canonical_labels
-from scvi_cradle._matrix import check_counts, get_matrix
+from scvi_cradle._matrix import check_counts, check_finite, get_matrix
 from scvi_cradle._validation import as_flags, check_key, near_matches, preview
-from scvi_cradle.data._fields import ARTIFACT_REMEDY, dosage_matrix, label_rule, label_table
+from scvi_cradle.data._fields import ARTIFACT_REMEDY, dosage_matrix, holds_counts, label_rule, label_table
 
 
 def expression_of(data: AnnData | MuData, modality: str | None) -> AnnData:
@@ -80,7 +80,8 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> None:
         msg = f"A query must have the genes of training in their order; received {what}: subset with `adata[:, model.get_var_names()].copy()`."
         raise ValueError(msg)
     layer = x_registry["data_registry"]["attr_key"]
-    check_counts(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
+    check = check_counts if holds_counts(x_registry["state_registry"]) else check_finite
+    check(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
     state = registries[KEYS.PERTURBATION]["state_registry"]
     if state["from_dosage"]:
         key = registries[KEYS.DOSAGE]["data_registry"]["attr_key"]

@@ -17,14 +17,16 @@ from scvi.data import AnnDataManager, fields
 
 from scvi_cradle._association import association_table
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, get_matrix, row_sums
+from scvi_cradle._matrix import check_counts, check_finite, counts_problem, get_matrix, row_sums
 from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
 from scvi_cradle.data._fields import (
     ARTIFACT_REMEDY,
     ArtifactField,
     DosageField,
+    ExpressionField,
     MuDataArtifactField,
     MuDataDosageField,
+    MuDataExpressionField,
     MuDataPerturbationField,
     PerturbationField,
     dosage_labels,
@@ -48,22 +50,23 @@ class SetupArguments:
     continuous_covariate_keys: list[str] | None
     unused: dict[str, Any]
     modality: str | None = None
-    needs_artifact: bool = True
+    needs_artifact: bool = False
+    count_only: bool = True
 
     @classmethod
     def from_call(
-        cls, model: str, call: Mapping[str, Any], *, unused: Sequence[str] = (), modality: str | None = None
+        cls, model: str, call: Mapping[str, Any], *, unused: Sequence[str] = (), **settings: Any
     ) -> SetupArguments:
         """Collect the arguments of a ``setup_anndata`` (its ``locals()``) and name those that the model does not use."""
-        names = [f.name for f in fields_of(cls) if f.name in call and f.name != "model"]
+        names = [f.name for f in fields_of(cls) if f.name in call and f.name not in ("model", *settings)]
         # labels of dosage matrices are made here, and joined and split by the same text
         sep = call["sep"] if call["perturbation_obsm_key"] is None else call["sep"] or "+"
         return cls(
             model=model,
             rule=LabelRule.create(call["control"], sep),
             unused={name: call[name] for name in unused},
-            modality=modality,
             **{name: call[name] for name in names},
+            **settings,
         )
 
     @property
@@ -96,12 +99,14 @@ def build_manager(
     ValueError
         For everything else that must not be trained on; nothing has been written by then.
     """
+    is_counts = True
     if source_registry is None:
         _check_arguments(arguments)
-        check_setup(_cells(data, arguments), arguments)
+        is_counts = check_setup(_cells(data, arguments), arguments)
     else:
         check_query(data, source_registry)
-    manager = AnnDataManager(fields=_fields(data, arguments), setup_method_args=setup_method_args)
+    fields_ = _fields(data, arguments, is_counts=is_counts)
+    manager = AnnDataManager(fields=fields_, setup_method_args=setup_method_args)
     manager.register_fields(data, source_registry=source_registry, **kwargs)
     return manager
 
@@ -114,7 +119,7 @@ def _cells(data: AnnData | MuData, arguments: SetupArguments) -> AnnData:
     return expression_of(data, arguments.modality)
 
 
-def _fields(data: AnnData | MuData, a: SetupArguments) -> list[Any]:
+def _fields(data: AnnData | MuData, a: SetupArguments, *, is_counts: bool) -> list[Any]:
     is_mudata = isinstance(data, MuData)
 
     def field(plain: Any, wrapped: Any, *args: Any, key: str | None = None, **kw: Any) -> Any:
@@ -124,14 +129,7 @@ def _fields(data: AnnData | MuData, a: SetupArguments) -> list[Any]:
         return wrapped(*args, mod_key=a.modality if in_rna else None, **kw)
 
     key = a.perturbation_key or str(a.perturbation_obsm_key)
-    x = field(
-        fields.LayerField,
-        fields.MuDataLayerField,
-        REGISTRY_KEYS.X_KEY,
-        a.layer,
-        is_count_data=False,
-        correct_data_format=False,
-    )
+    x = field(ExpressionField, MuDataExpressionField, REGISTRY_KEYS.X_KEY, a.layer, is_counts=is_counts)
     anndata_fields = [
         x,
         field(PerturbationField, MuDataPerturbationField, key, a.rule, a.perturbation_obsm_key, key=a.perturbation_key),
@@ -180,8 +178,8 @@ def _check_arguments(a: SetupArguments) -> None:
         raise ValueError(msg)
 
 
-def check_setup(adata: AnnData, a: SetupArguments) -> None:
-    """Check everything that a model needs to train on ``adata``; nothing is written."""
+def check_setup(adata: AnnData, a: SetupArguments) -> bool:
+    """Check everything that a model needs to train on ``adata``; nothing is written. Return whether it holds counts."""
     if adata.is_view:
         msg = "The AnnData must not be a view, since set-up adds columns to it; received a view: call `adata = adata.copy()` first."
         raise ValueError(msg)
@@ -196,15 +194,17 @@ def check_setup(adata: AnnData, a: SetupArguments) -> None:
     flags = _check_flags(adata, a)
     matrix = get_matrix(adata, a.layer)
     where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
-    check_counts(matrix, where)
-    empty = int((row_sums(matrix) == 0).sum())
+    (check_counts if a.count_only else check_finite)(matrix, where)
+    is_counts = a.count_only or counts_problem(matrix) is None
+    empty = int((row_sums(matrix) == 0).sum()) if is_counts else 0
     if empty:
         _warn(
             f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets.",
-            stacklevel=5,
+            stacklevel=6,
         )
     if flags is not None:
         _warn_confounded(labels, flags, a.rule.control_name)
+    return is_counts
 
 
 def _check_covariates(adata: AnnData, a: SetupArguments) -> None:
@@ -266,6 +266,6 @@ def _warn_confounded(labels: pd.Categorical, flags: np.ndarray, control: str) ->
         )
 
 
-def _warn(message: str, stacklevel: int = 6) -> None:
+def _warn(message: str, stacklevel: int = 7) -> None:
     """Warn the caller of ``setup_anndata``."""
     warnings.warn(message, UserWarning, stacklevel=stacklevel)

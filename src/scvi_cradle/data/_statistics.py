@@ -25,7 +25,7 @@ class TrainingStatistics:
     Parameters
     ----------
     input_mean, input_std
-        Moments of ``log(1 + x)`` per gene, shape ``(n_genes,)``; the standard deviation of a constant gene is 1.
+        Moments of ``log(1 + x)`` (or of ``x``) per gene, shape ``(n_genes,)``; the standard deviation of a constant gene is 1.
     gene_share
         Share of all counts that falls on each gene, shape ``(n_genes,)``.
     n_obs_per_treatment, n_obs_per_label
@@ -60,6 +60,7 @@ def training_statistics(
     *,
     members: np.ndarray,
     n_treatments: int,
+    log: bool = True,
     statistic: str = "median",
     seed: int = 0,
 ) -> TrainingStatistics:
@@ -75,6 +76,8 @@ def training_statistics(
         Treatments of every label, padded with -1, shape ``(n_labels, width)``.
     n_treatments
         Number of treatments.
+    log
+        Moments of ``log(1 + x)``, or of ``x`` for values that are no counts.
     statistic
         ``"median"`` or ``"mean"``: how the failed cells of a label make its reference profile.
     seed
@@ -84,7 +87,7 @@ def training_statistics(
     matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
-    mean, std, share, totals = _moments(matrix, train_indices)
+    mean, std, share, totals = _moments(matrix, train_indices, log=log)
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
     labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng)
@@ -115,14 +118,15 @@ def _rows(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
     return block[np.argsort(order, kind="stable")]
 
 
-def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096) -> tuple[np.ndarray, ...]:
+def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096, *, log: bool = True) -> tuple[np.ndarray, ...]:
     n_genes = matrix.shape[1]
     first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
     for start in range(0, len(indices), block_size):
         block = _rows(matrix, indices[start : start + block_size]).astype(np.float64)
         totals.append(np.asarray(block.sum(axis=1)).ravel())
         counts += np.asarray(block.sum(axis=0)).ravel()
-        block.data = np.log1p(block.data)
+        if log:
+            block.data = np.log1p(block.data)
         first += np.asarray(block.sum(axis=0)).ravel()
         block.data **= 2
         second += np.asarray(block.sum(axis=0)).ravel()

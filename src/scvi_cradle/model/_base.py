@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Literal, Self
 
@@ -23,6 +24,7 @@ class LabelledModel(BaseModelClass):
     """Labels, genes and query checks."""
 
     module: Any
+    _module_cls: Any
     label_counts_: dict[str, int] | None
     libraries_: dict[str, np.ndarray] | None
     references_: dict[str, Any] | None
@@ -43,7 +45,25 @@ class LabelledModel(BaseModelClass):
 
     @property
     def _table(self) -> LabelTable:
-        return label_table(self._state(KEYS.PERTURBATION))
+        return self._table_of(self._state(KEYS.PERTURBATION))
+
+    def _table_of(self, state: dict[str, Any]) -> LabelTable:
+        """Return the labels of a registry with their treatments, as this model encodes them."""
+        table = label_table(state)
+        if not self._unique:
+            return table
+        trained = label_table(self._state(KEYS.PERTURBATION)).labels
+        treatments = tuple(x for x in trained if x != self._rule.control_name)
+        return LabelTable(table.labels, treatments, label_members(table.labels, treatments, self._encoding_rule))
+
+    @property
+    def _unique(self) -> bool:
+        """Whether a combination is a treatment of its own."""
+        return self._architecture.get("encode_combinations") == "unique"
+
+    @property
+    def _encoding_rule(self) -> LabelRule:
+        return replace(self._rule, sep=None) if self._unique else self._rule
 
     @property
     def _perturbation_key(self) -> str:
@@ -62,6 +82,30 @@ class LabelledModel(BaseModelClass):
     def _batches(self) -> list[str]:
         return [str(b) for b in self._state(REGISTRY_KEYS.BATCH_KEY)["categorical_mapping"]]
 
+    # ---- construction -----------------------------------------------------------------------------------------------
+
+    def _build_module(self, **settings: Any) -> None:
+        """Build the module for the registered data; nothing is learnt yet."""
+        if self._unique and KEYS.DOSAGE in self.registry_["field_registries"]:
+            msg = f"{type(self).__name__} encodes every combination as a treatment of its own and needs labels; received dosages: register `perturbation_key`."
+            raise ValueError(msg)
+        table, fields = self._table, self.registry_["field_registries"]
+        covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
+        self.module = self._module_cls(
+            len(self._genes),
+            len(table.treatments),
+            n_levels=(len(self._batches), *map(int, covariates.get("n_cats_per_key", ()))),
+            n_continuous=int(self.summary_stats.get(f"n_{REGISTRY_KEYS.CONT_COVS_KEY}", 0)),
+            **settings,
+        )
+        self.module.set_labels(table.padded_members())
+        self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = self.train_cells_ = None
+        self.qc_record_ = None
+        self._model_summary_string = (
+            f"{type(self).__name__} with {len(self._genes)} genes, {len(table.treatments)} treatments, "
+            f"{len(table.labels)} labels; n_latent: {self._architecture['n_latent']}."
+        )
+
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def _requested_labels(self, perturbations: str | Sequence[str] | None) -> list[str]:
@@ -79,16 +123,28 @@ class LabelledModel(BaseModelClass):
         if not wanted:
             msg = "`perturbations` must name at least one perturbation; received an empty list."
             raise ValueError(msg)
-        rule, treatments = self._rule, self._table.treatments
-        labels = [rule.canonical(w) for w in wanted]
+        treatments = self._table.treatments
+        labels = [self._rule.canonical(w) for w in wanted]
+        self._check_encoded(labels)
         n_obs = self.module.n_obs_per_treatment.cpu().numpy()
-        members = dict(zip(labels, label_members(labels, treatments, rule), strict=True))
+        members = dict(zip(labels, label_members(labels, treatments, self._encoding_rule), strict=True))
         for label in labels:
             untrained = [treatments[t] for t in members[label] if n_obs[t] == 0]
             if untrained:
                 msg = f"Every treatment must have training cells; received {label!r}, and {preview(untrained)} has none in the training split."
                 raise ValueError(msg)
         return labels
+
+    def _check_encoded(self, labels: Sequence[str]) -> None:
+        """Raise ``NotImplementedError`` for a new combination of known treatments that the model cannot put together."""
+        if not self._unique:
+            return
+        known = {self._rule.control_name, *self._table.treatments}
+        parts = {p for label in known for p in self._rule.treatments(label)}
+        for label in labels:
+            if label not in known and set(self._rule.treatments(label)) <= parts:
+                msg = f"A model that encodes every combination as a treatment of its own cannot predict the unseen combination {label!r}: use a model with additive treatments (`encode_combinations='additive'` of SAMSVAE or CPAVAE)."
+                raise NotImplementedError(msg)
 
     def _trained_counts(self) -> dict[str, int]:
         """Return the number of training cells of every label; an untrained model is an error."""
@@ -104,7 +160,23 @@ class LabelledModel(BaseModelClass):
     def _members(self, labels: Sequence[str]) -> np.ndarray:
         """Return the treatments of canonical labels, padded with -1."""
         treatments = self._table.treatments
-        return LabelTable(tuple(labels), treatments, label_members(labels, treatments, self._rule)).padded_members()
+        members = label_members(labels, treatments, self._encoding_rule)
+        return LabelTable(tuple(labels), treatments, members).padded_members()
+
+    def _artifact_argument(self, *, artifact: bool) -> dict[str, bool]:
+        """Return ``artifact`` as an argument of the module, nothing where it is off; an error for models without one."""
+        if artifact and not self.module.has_artifact:
+            msg = f"{type(self).__name__} has no artifact to switch on; received artifact=True: use CradleVAE."
+            raise ValueError(msg)
+        return {"artifact": True} if artifact else {}
+
+    def _needs_counts(self, what: str) -> None:
+        """Raise ``NotImplementedError`` for what only counts have."""
+        if not self.module.decoder.likelihood.counts:
+            msg = (
+                f"{what} needs counts; received a model with `likelihood='gaussian'`: use 'nb' or 'poisson' on counts."
+            )
+            raise NotImplementedError(msg)
 
     def _batch_code(self, batch: str | None) -> int | None:
         if batch is None:
@@ -141,8 +213,9 @@ class LabelledModel(BaseModelClass):
     def _make_data_loader(self, adata: AnnData | MuData, *args: Any, **kwargs: Any) -> Any:
         manager = self.get_anndata_manager(adata)
         if manager is not None:
-            table = label_table(manager.get_state_registry(KEYS.PERTURBATION))
-            self.module.set_labels(table.padded_members())
+            state = manager.get_state_registry(KEYS.PERTURBATION)
+            self._check_encoded(state["labels"])
+            self.module.set_labels(self._table_of(state).padded_members())
         return super()._make_data_loader(adata, *args, **kwargs)
 
     def _loader(self, adata: AnnData | MuData | None, indices: Sequence[int] | None, batch_size: int | None) -> Any:

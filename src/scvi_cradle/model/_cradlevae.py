@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,20 +11,19 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from mudata import MuData
-from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
 from scvi_cradle._constants import QC_UNS_KEY
-from scvi_cradle.data import SetupArguments, build_manager
 from scvi_cradle.model._effects import EffectsMixin
+from scvi_cradle.model._pass_rate import PassRateMixin
+from scvi_cradle.model._setup import SetupMixin
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.module import CradleVAEModule
 
-UNUSED = ("artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 MODEL_ONLY = ("mask_prior_prob", "mask_init_logits", "output_bias")
 
 
-class CradleVAE(TrainingMixin, EffectsMixin):
+class CradleVAE(SetupMixin, PassRateMixin, TrainingMixin, EffectsMixin):
     """CRADLE-VAE: perturbation effects and technical artifacts as separate latent variables (Baek et al. 2024).
 
     A cell's counts come from a basal state ``z_b``, sparse effects of its treatments ``z_p`` and, if the cell failed
@@ -100,6 +97,8 @@ class CradleVAE(TrainingMixin, EffectsMixin):
     """
 
     _module_cls = CradleVAEModule
+    _needs_artifact = True
+    _unused_keys = ("artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 
     def __init__(
         self,
@@ -138,32 +137,16 @@ class CradleVAE(TrainingMixin, EffectsMixin):
         reconstruction_balance: str | None = None,
         output_bias: str | None = None,
     ) -> None:
-        given = {k: v for k, v in locals().items() if k in presets.RECOMMENDED}
-        self._architecture, self._training_settings = presets.resolve(preset, given)
+        given = dict(locals())
+        self._architecture, self._training_settings = presets.resolve("CradleVAE", preset, given)
         presets.check(self._architecture, mask_prior_logit)
         super().__init__(adata, registry)
-        prior = self._architecture["mask_prior_prob"]
-        logit = math.log(prior / (1 - prior)) if mask_prior_logit is None else float(mask_prior_logit)
-        batches = self._state(REGISTRY_KEYS.BATCH_KEY)["categorical_mapping"]
-        fields = self.registry_["field_registries"]
-        covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
-        self.module = self._module_cls(
-            len(self._genes),
-            len(self._table.treatments),
-            n_levels=(len(batches), *map(int, covariates.get("n_cats_per_key", ()))),
-            n_continuous=int(self.summary_stats.get(f"n_{REGISTRY_KEYS.CONT_COVS_KEY}", 0)),
-            mask_prior_logit=logit,
+        self._build_module(
+            mask_prior_logit=presets.prior_logit(self._architecture, mask_prior_logit),
             mask_init_logit=self._architecture["mask_init_logits"],
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},
         )
-        self.module.set_labels(self._table.padded_members())
-        self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = self.train_cells_ = None
         self.qc_record_ = stored_qc_record(self.adata, self._artifact_key)
-        self._model_summary_string = (
-            f"CradleVAE with {len(self._genes)} genes, {len(self._table.treatments)} treatments, "
-            f"{len(self._table.labels)} labels; n_latent: {self._architecture['n_latent']}, "
-            f"cf_weight: {self._architecture['cf_weight']}."
-        )
         if preset == "published":
             warnings.warn(
                 "preset='published' reproduces behaviour of the published code that differs from the paper: the counterfactual "
@@ -172,110 +155,6 @@ class CradleVAE(TrainingMixin, EffectsMixin):
                 stacklevel=2,
             )
         self.init_params_ = self._get_init_params(locals())
-
-    @classmethod
-    def setup_anndata(
-        cls,
-        adata: AnnData,
-        *,
-        perturbation_key: str | None = None,
-        perturbation_obsm_key: str | None = None,
-        control: str | Sequence[str | None] = "control",
-        sep: str | None = "+",
-        layer: str | None = None,
-        artifact_key: str | None = None,
-        artifact_keys: Sequence[str] | None = None,
-        guide_counts_key: str | None = None,
-        guide_targets: Any = None,
-        cell_type_key: str | None = None,
-        batch_key: str | None = None,
-        categorical_covariate_keys: list[str] | None = None,
-        continuous_covariate_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Register an AnnData; everything is checked before anything is written.
-
-        Writes only scvi-tools' own ``_scvi_*`` columns and uuids.
-
-        Parameters
-        ----------
-        adata
-            Raw counts (dense, CSR, CSC, backed).
-        perturbation_key
-            Column of ``obs`` with labels such as ``"control"``, ``"KLF1"``, ``"KLF1+MAP2K6"``.
-        perturbation_obsm_key
-            Instead of labels: key of ``obsm`` with a cells x treatments matrix (0/1 or doses); a DataFrame, or an array
-            with names in ``uns[f"{perturbation_obsm_key}_names"]``; all-zero rows are controls.
-        control
-            Label or labels of control cells; ``None`` or ``""`` among them lets missing or empty labels be controls.
-        sep
-            Text between the treatments of a label; ``None``: labels are never split.
-        layer
-            Layer with the counts. Default ``X``.
-        artifact_key
-            Column of ``obs`` that is True (or 1) for cells that failed QC, e.g. from :func:`scvi_cradle.pp.qc_label`.
-        batch_key, categorical_covariate_keys, continuous_covariate_keys
-            Columns of ``obs`` that enter the decoder.
-        artifact_keys, guide_counts_key, guide_targets, cell_type_key
-            Not used by this model; an error when given.
-
-        Raises
-        ------
-        KeyError
-            If a key is not found.
-        ValueError
-            For anything that must not be trained on, in one sentence with the remedy.
-        """
-        setup_method_args = cls._get_setup_method_args(**locals())
-        arguments = SetupArguments.from_call(cls.__name__, setup_method_args["setup_args"], unused=UNUSED)
-        cls.register_manager(build_manager(adata, arguments, setup_method_args, **kwargs))
-
-    @classmethod
-    def setup_mudata(
-        cls,
-        mdata: MuData,
-        *,
-        modalities: dict[str, str] | None = None,
-        perturbation_key: str | None = None,
-        perturbation_obsm_key: str | None = None,
-        control: str | Sequence[str | None] = "control",
-        sep: str | None = "+",
-        layer: str | None = None,
-        artifact_key: str | None = None,
-        artifact_keys: Sequence[str] | None = None,
-        guide_counts_key: str | None = None,
-        guide_targets: Any = None,
-        cell_type_key: str | None = None,
-        batch_key: str | None = None,
-        categorical_covariate_keys: list[str] | None = None,
-        continuous_covariate_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Register a MuData; columns are looked up in the expression modality, then in the MuData itself.
-
-        Parameters
-        ----------
-        mdata
-            MuData with a modality of raw counts.
-        modalities
-            Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; this model uses ``"rna"``.
-        perturbation_key, perturbation_obsm_key, control, sep, layer, artifact_key
-            As in :meth:`setup_anndata`.
-        artifact_keys, guide_counts_key, guide_targets, cell_type_key
-            Not used by this model; an error when given.
-        batch_key, categorical_covariate_keys, continuous_covariate_keys
-            As in :meth:`setup_anndata`.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As :meth:`setup_anndata`.
-        """
-        setup_method_args = cls._get_setup_method_args(**locals())
-        arguments = SetupArguments.from_call(
-            cls.__name__, setup_method_args["setup_args"], unused=UNUSED, modality=(modalities or {}).get("rna", "rna")
-        )
-        cls.register_manager(build_manager(mdata, arguments, setup_method_args, **kwargs))
 
     def get_counterfactual_reference(self) -> AnnData:
         """Return the reference profiles of the counterfactual term.

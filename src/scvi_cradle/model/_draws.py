@@ -79,13 +79,6 @@ def covariate_tensors(pool: dict[str, np.ndarray], rows: np.ndarray) -> dict[str
     return tensors
 
 
-def sample_counts(mu: Tensor, theta: Tensor, generator: Generator) -> Tensor:
-    """Draw negative-binomial counts: ``Poisson(Gamma(theta) mu / theta)``."""
-    shape = theta.expand_as(mu).contiguous()
-    rate = torch._standard_gamma(shape, generator=generator) * (mu / theta)
-    return torch.poisson(rate, generator=generator)
-
-
 def library_grid(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return at most eight representative library sizes (midpoints of quantiles) and the nearest one of every draw."""
     unique = np.unique(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,8 @@ from scvi_cradle.model._draws import (
     draw_libraries,
     library_grid,
     make_generator,
-    sample_counts,
 )
-from scvi_cradle.module.base import LogNormalizedExpectation, Pairs, softmax_rates
-
-N_MASK_DRAWS = 64
+from scvi_cradle.module.base import LogNormalizedExpectation, Pairs
 
 
 class EffectsMixin(LabelledModel):
@@ -36,7 +33,7 @@ class EffectsMixin(LabelledModel):
         perturbations: str | Sequence[str] | None = None,
         *,
         n_particles: int = 500,
-        method: Literal["perturbseq", "mean"] = "perturbseq",
+        method: Literal["perturbseq", "mean"] | None = None,
         library_size: float | Literal["observed"] = "observed",
         share_basal: bool = True,
         expectation: Literal["exact", "sample"] = "exact",
@@ -52,7 +49,7 @@ class EffectsMixin(LabelledModel):
             Draws of all latent variables per label.
         method
             ``"perturbseq"``: mean of ``log2(1 + 1e4 x / sum(x))``, treated minus control; ``"mean"``: difference of
-            mean counts.
+            mean counts (or values). Default: ``"perturbseq"`` for counts, else ``"mean"``.
         library_size
             ``"observed"``: drawn from training cells that passed QC, the same for all labels; a number fixes it.
         share_basal
@@ -73,7 +70,10 @@ class EffectsMixin(LabelledModel):
         ValueError
             For an unknown treatment or an unknown option.
         """
+        method = method or ("perturbseq" if self.module.decoder.likelihood.counts else "mean")
         check_one_of("method", method, ("perturbseq", "mean"))
+        if method == "perturbseq":
+            self._needs_counts("method='perturbseq'")
         check_one_of("expectation", expectation, ("exact", "sample"))
         check_positive("n_particles", n_particles, integer=True)
         control = self._rule.control_name
@@ -84,21 +84,20 @@ class EffectsMixin(LabelledModel):
         libraries = draw_libraries(self._library_pool, n_particles, library_size, artifact=False, batch=None, rng=rng)
         grid, group = library_grid(libraries.total)
         tensors = as_module_input(covariate_tensors(self._library_pool, libraries.rows), device)
-        transform = _Transform(module.decoder.theta, grid, group, method, expectation, generator)
+        transform = _Transform(module.decoder.likelihood, grid, group, method, expectation, generator, device)
         members = torch.as_tensor(self._members([control, *labels]), device=device)
-        n_latent = module.effects.mask_logits.shape[1]
-        z_basal = torch.randn(1, n_particles, n_latent, generator=generator, device=device)
+        covariates = module.covariates(tensors)
+        noise = torch.randn(1, n_particles, module.n_latent, generator=generator, device=device)
+        module.eval()
 
         def expression(code: int, z: Tensor) -> Tensor:
             pairs = Pairs.from_members(members[code].expand(n_particles, -1))
-            draw = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
-            z_perturbation = draw.to_cells(draw.rows, pairs)
-            return transform(module.decoder(z, z_perturbation, torch.zeros_like(z), module.covariates(tensors))[0])
+            return transform(module.decoder(module.prior(pairs, z, generator=generator), covariates)[0])
 
-        base = expression(0, z_basal)
+        base = expression(0, noise)
         means, stds = [], []
         for code in range(1, len(labels) + 1):
-            z = z_basal if share_basal else torch.randn(z_basal.shape, generator=generator, device=device)
+            z = noise if share_basal else torch.randn(noise.shape, generator=generator, device=device)
             difference = expression(code, z) - base
             means.append(difference.mean(0).cpu().numpy())
             stds.append(difference.std(0, unbiased=False).cpu().numpy())
@@ -121,56 +120,50 @@ class EffectsMixin(LabelledModel):
         ``embedding_mean`` and ``embedding_std`` (of the posterior); ``obs["n_cells"]`` training cells.
         """
         self._trained_counts()
-        effects, device = self.module.effects, self.module.device
-        treatment = torch.arange(len(effects.mask_logits), device=device)
-        probability = torch.sigmoid(effects.mask_logits)
-        if effects.amortized:
-            generator = make_generator(0, device)
-            shape = (N_MASK_DRAWS, *probability.shape)
-            mask = (torch.rand(shape, generator=generator, device=device) < probability).float()
-            posterior = effects.embedding_posterior(treatment, mask)
-            mean, std = posterior.mean.mean(0), posterior.variance.mean(0).sqrt()
-            expected = (mask * posterior.mean).mean(0)
-        else:
-            posterior = effects.embedding_posterior(treatment, probability)
-            mean, std, expected = posterior.mean, posterior.stddev, probability * posterior.mean
+        if self.module.effects is None:
+            msg = f"{type(self).__name__} has no latent treatment effects: ask `get_average_treatment_effects` for effects on expression."
+            raise NotImplementedError(msg)
+        generator = make_generator(0, self.module.device)
+        summary = {
+            k: v.cpu().numpy() for k, v in self.module.effects.summary(self.module.n_treatments, generator).items()
+        }
         names = pd.Index(self._table.treatments, dtype=str)
         n_cells = self.module.n_obs_per_treatment.cpu().numpy().astype(int)
-        result = AnnData(X=expected.cpu().numpy(), obs=pd.DataFrame({"n_cells": n_cells}, index=names))
-        result.layers["mask_prob"] = probability.cpu().numpy()
-        result.layers["embedding_mean"] = mean.cpu().numpy()
-        result.layers["embedding_std"] = std.cpu().numpy()
+        result = AnnData(X=summary.pop("expected"), obs=pd.DataFrame({"n_cells": n_cells}, index=names))
+        result.layers.update(summary)
         return result
 
 
 class _Transform:
-    """From logits to (expected or sampled) expression on the scale of the effects."""
+    """From the decoder's output to (expected or sampled) expression on the scale of the effects."""
 
     def __init__(
         self,
-        theta: Tensor,
+        likelihood: Any,
         grid: np.ndarray,
         group: np.ndarray,
         method: str,
         expectation: str,
         generator: torch.Generator,
+        device: torch.device,
     ) -> None:
-        self.theta, self.method, self.sampled, self.generator = theta, method, expectation == "sample", generator
-        self.groups = [torch.as_tensor(np.flatnonzero(group == g), device=theta.device) for g in range(len(grid))]
-        self.library = torch.as_tensor(grid[group], dtype=torch.float32, device=theta.device)[:, None]
+        self.likelihood, self.method, self.generator = likelihood, method, generator
+        self.sampled = expectation == "sample"
+        self.groups = [torch.as_tensor(np.flatnonzero(group == g), device=device) for g in range(len(grid))]
+        self.library = torch.as_tensor(grid[group], dtype=torch.float32, device=device)[:, None]
         exact_log = method == "perturbseq" and not self.sampled
-        self.table = LogNormalizedExpectation(theta, grid) if exact_log else None
+        self.table = LogNormalizedExpectation(likelihood.theta, grid) if exact_log else None
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        mu = softmax_rates(logits, self.library)
+    def __call__(self, output: Tensor) -> Tensor:
+        mean = self.likelihood.mean(output, self.library)
         if self.table is not None:
-            result = torch.empty_like(mu)
+            result = torch.empty_like(mean)
             for g, rows in enumerate(self.groups):
-                result[rows] = self.table(mu[rows], g)
+                result[rows] = self.table(mean[rows], g)
             return result
         if not self.sampled:
-            return mu
-        counts = sample_counts(mu, self.theta, self.generator)
+            return mean
+        values = self.likelihood.sample(mean, self.generator)
         if self.method == "mean":
-            return counts
-        return torch.log2(1 + COUNTS_PER_CELL * counts / counts.sum(1, keepdim=True).clamp_min(1))
+            return values
+        return torch.log2(1 + COUNTS_PER_CELL * values / values.sum(1, keepdim=True).clamp_min(1))

@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL, KEYS
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel, check_indices
-from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
-from scvi_cradle.module.base import Pairs, softmax_rates
+from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
+from scvi_cradle.module.base import Pairs
 from scvi_cradle.module.base import library_size as observed_library_size
 
 Output = Literal["counts", "mean", "normalized"]
@@ -55,8 +55,8 @@ class GenerationMixin(LabelledModel):
             ``"observed"``: total counts are drawn from training cells (that passed QC; failed cells for
             ``artifact=True``; of the same batch), one set of draws shared by all labels. A number fixes the total.
         output
-            ``"counts"``: integer counts as CSR; ``"mean"``: expected counts; ``"normalized"``: expected counts per
-            10,000.
+            ``"counts"``: integer counts as CSR (dense values for a Gaussian likelihood); ``"mean"``: expected counts;
+            ``"normalized"``: expected counts per 10,000.
         batch
             Batch to generate; default: as in the training cells that the library sizes come from.
         seed
@@ -78,7 +78,8 @@ class GenerationMixin(LabelledModel):
             If the model is not trained.
         """
         labels = self._requested_labels(perturbations)
-        check_one_of("output", output, OUTPUTS)
+        self._check_output(output)
+        with_artifact = self._artifact_argument(artifact=bool(artifact))
         check_positive("n_samples", n_samples, integer=True)
         generator, rng = _randomness(self, seed)
         draw = draw_libraries(
@@ -91,9 +92,9 @@ class GenerationMixin(LabelledModel):
             for rows in _blocks(n_samples, batch_size):
                 tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, self.module.device)
                 pairs = Pairs.from_members(row.expand(len(rows), -1))
-                logits = prior_logits(self.module, pairs, tensors, artifact=bool(artifact), generator=generator)
+                decoded = decode_prior(self.module, pairs, tensors, generator=generator, **with_artifact)
                 library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
-                blocks.append(_emit(self.module, logits, library, output, generator))
+                blocks.append(_emit(self.module, decoded, library, output, generator))
         obs = self._generated_obs(labels, n_samples, artifact=bool(artifact))
         obs["library_size"] = np.tile(draw.total, len(labels))
         self._add_batch(obs, np.tile(self._library_pool["batch"][draw.rows], len(labels)))
@@ -141,7 +142,8 @@ class GenerationMixin(LabelledModel):
             For an unknown treatment or for labels that are not one per cell.
         """
         self._trained_counts()
-        check_one_of("output", output, OUTPUTS)
+        self._check_output(output)
+        with_artifact = self._artifact_argument(artifact=bool(artifact))
         data = self._validate_anndata(adata)
         positions = check_indices(indices, data)
         targets = self._target_labels(perturbation, len(positions))
@@ -149,17 +151,18 @@ class GenerationMixin(LabelledModel):
         loader = self._make_data_loader(data, indices=positions, batch_size=batch_size)
         generator, _ = _randomness(self, seed)
         blocks, start = [], 0
+        self.module.eval()
         for tensors in loader:
             tensors = as_module_input(tensors, self.module.device)
             inputs = self.module._get_inference_input(tensors)
-            latent = self.module.inference(**inputs, n_samples=1, generator=generator)["latent"]
-            z_perturbation, n = latent.z_perturbation, len(inputs["x"])
-            if targets is not None:
-                z_perturbation = self._target_effects(targets[start : start + n], generator)
-            z_artifact = latent.artifact_vector * float(bool(artifact)) + torch.zeros_like(latent.z_basal)
-            logits = self.module.decoder(latent.z_basal, z_perturbation, z_artifact, self.module.covariates(tensors))[0]
-            library = _own_library(inputs["x"], library_size)
-            blocks.append(_emit(self.module, logits, library, output, generator))
+            outputs = self.module.inference(**inputs, n_samples=1, generator=generator)
+            n = len(inputs["x"])
+            target = None if targets is None else self._pairs_of(targets[start : start + n])
+            parts = self.module.intervene(
+                outputs["latent"], outputs["pairs"], target, generator=generator, **with_artifact
+            )
+            decoded = self.module.decoder(parts, self.module.covariates(tensors))[0]
+            blocks.append(_emit(self.module, decoded, _own_library(inputs["x"], library_size), output, generator))
             start += n
         obs = self._counterfactual_obs(data, positions, targets, artifact=bool(artifact))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
@@ -176,11 +179,14 @@ class GenerationMixin(LabelledModel):
             raise ValueError(msg)
         return self._requested_labels(list(perturbation)) if n else []
 
-    def _target_effects(self, labels: list[str], generator: Generator) -> Tensor:
-        """Draw the effects of one label per cell, shape ``(1, n_cells, n_latent)``."""
-        pairs = Pairs.from_members(torch.as_tensor(self._members(labels), device=self.module.device))
-        draw = self.module.effects.draw(pairs, 1, per_cell=True, generator=generator)
-        return draw.to_cells(draw.rows, pairs)
+    def _pairs_of(self, labels: list[str]) -> Pairs:
+        """Return the treatments of one label per cell."""
+        return Pairs.from_members(torch.as_tensor(self._members(labels), device=self.module.device))
+
+    def _check_output(self, output: str) -> None:
+        check_one_of("output", output, OUTPUTS)
+        if output == "normalized":
+            self._needs_counts("output='normalized'")
 
     def _generated_obs(self, labels: list[str], n_samples: int, *, artifact: bool) -> pd.DataFrame:
         counts = self._trained_counts()
@@ -222,26 +228,23 @@ class GenerationMixin(LabelledModel):
         return obs
 
 
-def prior_logits(
+def decode_prior(
     module: Any,
     pairs: Pairs,
     tensors: dict[str, Tensor],
     *,
-    artifact: bool,
     generator: Generator,
     vary_basal: bool = True,
+    **artifact: bool,
 ) -> Tensor:
     """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them.
 
-    ``vary_basal=False`` puts every cell at the mean of the prior, ``z_b = 0``.
+    ``vary_basal=False`` puts every cell at the mean of the prior of its latent state.
     """
-    effects = module.effects.draw(pairs, 1, per_cell=True, generator=generator)
-    z_perturbation = effects.to_cells(effects.rows, pairs)  # (1, n, D)
-    z_basal = torch.randn(z_perturbation.shape, generator=generator, device=z_perturbation.device)
-    vector, _ = module.artifact.draw(1, pairs.n_cells, generator=generator)
-    z_artifact = vector if artifact else torch.zeros_like(z_basal)
-    z_basal = z_basal if vary_basal else torch.zeros_like(z_basal)
-    return module.decoder(z_basal, z_perturbation, z_artifact, module.covariates(tensors))[0]
+    module.eval()
+    noise = torch.randn((1, pairs.n_cells, module.n_latent), generator=generator, device=module.input_mean.device)
+    noise = noise if vary_basal else torch.zeros_like(noise)
+    return module.decoder(module.prior(pairs, noise, generator=generator, **artifact), module.covariates(tensors))[0]
 
 
 def _randomness(model: LabelledModel, seed: int | None) -> tuple[Generator, np.random.Generator]:
@@ -263,13 +266,15 @@ def _own_library(x: Tensor, library_size: float | str) -> Tensor:
     return torch.full((len(x), 1), float(library_size), device=x.device)
 
 
-def _emit(module: Any, logits: Tensor, library: Tensor, output: Output, generator: Generator) -> Any:
+def _emit(module: Any, decoded: Tensor, library: Tensor, output: Output, generator: Generator) -> Any:
+    likelihood = module.decoder.likelihood
     if output == "normalized":
-        return (torch.softmax(logits, dim=-1) * COUNTS_PER_CELL).cpu().numpy()
-    mu = softmax_rates(logits, library)
+        return (torch.softmax(decoded, dim=-1) * COUNTS_PER_CELL).cpu().numpy()
+    mean = likelihood.mean(decoded, library)
     if output == "mean":
-        return mu.cpu().numpy()
-    return sp.csr_matrix(sample_counts(mu, module.decoder.theta, generator).cpu().numpy())
+        return mean.cpu().numpy()
+    values = likelihood.sample(mean, generator).cpu().numpy()
+    return sp.csr_matrix(values) if likelihood.counts else values
 
 
 def _as_anndata(blocks: list[Any], obs: pd.DataFrame, genes: list[str], control: str) -> AnnData:

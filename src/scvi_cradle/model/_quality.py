@@ -17,10 +17,10 @@ from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL, KEYS, QC_UNS_KEY
 from scvi_cradle._matrix import to_csr
 from scvi_cradle.data import label_table
 from scvi_cradle.model._base import check_indices
-from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator, sample_counts
-from scvi_cradle.model._generation import GenerationMixin, prior_logits
+from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
+from scvi_cradle.model._generation import GenerationMixin, decode_prior
 from scvi_cradle.model._inference import InferenceMixin
-from scvi_cradle.module.base import Pairs, gaussian_kl, softmax_rates
+from scvi_cradle.module.base import Pairs
 
 MAX_CELLS = 1_500
 MIN_CELLS = 40
@@ -63,18 +63,21 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         cells = np.sort(rng.choice(train, min(MAX_CELLS, len(train)), replace=False))
         kls, flags = [], []
         for tensors, latent in self._latent_batches(data, cells, None, n_samples=1, sample=False):
-            q = latent.q_basal
-            kls.append(gaussian_kl(q.loc, q.scale, 0.0, 1.0).sum(-1)[0].cpu().numpy())
-            flags.append(tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0)
+            kls.append(self.module.kl_basal(latent, sampled=False)[0].cpu().numpy())
+            flags.append(
+                tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0
+                if KEYS.ARTIFACT in tensors
+                else np.zeros(len(kls[-1]), dtype=bool)
+            )
         kl, failed = np.concatenate(kls), np.concatenate(flags)
         result = {"kl_basal": float(kl.mean())}
         if failed.any():
             result["kl_basal_failed"] = float(kl[failed].mean())
-        return result | self._variance_ratios(train, rng, seed)
+        return result | (self._variance_ratios(train, rng, seed) if self.module.decoder.likelihood.counts else {})
 
     def _variance_ratios(self, train: np.ndarray, rng: np.random.Generator, seed: int) -> dict[str, float]:
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[train].astype(int)
-        passed = np.asarray(self.adata_manager.get_from_registry(KEYS.ARTIFACT)).ravel()[train] == 0
+        passed = ~failed_cells(self.adata_manager, train)
         if passed.sum() < MIN_CELLS:
             return {}
         label = int(np.bincount(codes[passed]).argmax())
@@ -104,22 +107,24 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         draw = draw_libraries(self._library_pool, n_samples, "observed", artifact=False, batch=None, rng=rng)
         tensors = as_module_input(covariate_tensors(self._library_pool, draw.rows), module.device)
         members = torch.as_tensor(self._members([label]), device=module.device).expand(n_samples, -1)
-        logits = prior_logits(
-            module, Pairs.from_members(members), tensors, artifact=False, generator=generator, vary_basal=vary_basal
-        )
-        mu = softmax_rates(logits, torch.as_tensor(draw.total, device=module.device)[:, None])
-        return sp.csr_matrix(sample_counts(mu, module.decoder.theta, generator).cpu().numpy())
+        decoded = decode_prior(module, Pairs.from_members(members), tensors, generator=generator, vary_basal=vary_basal)
+        likelihood = module.decoder.likelihood
+        mean = likelihood.mean(decoded, torch.as_tensor(draw.total, device=module.device)[:, None])
+        return sp.csr_matrix(likelihood.sample(mean, generator).cpu().numpy())
 
-    @staticmethod
-    def _diagnostic_warnings(diagnostics: dict[str, float]) -> list[str]:
+    def _diagnostic_warnings(self, diagnostics: dict[str, float]) -> list[str]:
         """Return one sentence per sign of a collapsed basal state."""
+        remedy = (
+            "lower `cf_weight`, keep `cf_reduction='mean'`, or train longer"
+            if self.module.has_artifact
+            else "train longer"
+        )
         messages = []
         for key, which in (("kl_basal", "all cells"), ("kl_basal_failed", "failed cells")):
             value = diagnostics.get(key)
             if value is not None and value < COLLAPSE_NATS:
                 messages.append(
-                    f"The basal state is unused in {which}: KL {value:.3g} nats, below {COLLAPSE_NATS}; "
-                    "lower `cf_weight`, keep `cf_reduction='mean'`, or train longer."
+                    f"The basal state is unused in {which}: KL {value:.3g} nats, below {COLLAPSE_NATS}; {remedy}."
                 )
         ratio = min(
             (diagnostics[k] for k in ("variance_ratio", "state_variance_ratio") if k in diagnostics), default=None
@@ -127,65 +132,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         if ratio is not None and ratio < MIN_VARIANCE_RATIO:
             messages.append(
                 f"Generated cells vary too little from cell to cell: {ratio:.2f} of the real variance, below "
-                f"{MIN_VARIANCE_RATIO}; lower `cf_weight`, keep `cf_reduction='mean'`, or train longer."
+                f"{MIN_VARIANCE_RATIO}; {remedy}."
             )
         return messages
-
-    def qc_pass_rate(
-        self,
-        perturbations: str | Sequence[str] | None = None,
-        *,
-        n_samples: int = 100,
-        library_size: float | Literal["observed"] = "observed",
-        thresholds: dict[str, Any] | None = None,
-        artifact: bool = False,
-        seed: int | None = None,
-    ) -> pd.DataFrame:
-        """Return how often generated cells pass the data's QC, beside real cells (CRADLE-VAE, sec. 4.1).
-
-        Parameters
-        ----------
-        perturbations
-            Labels; default: all labels seen in training.
-        n_samples
-            Generated cells per label.
-        library_size
-            As in :meth:`get_generated_expression`; a fixed 1e4, as in the paper, makes the count criterion vacuous.
-        thresholds
-            A stored ``uns["qc_label"]``; default: the one of the training data.
-        artifact
-            Generate failed cells instead.
-        seed
-            Seed of the generated cells.
-
-        Returns
-        -------
-        DataFrame as that of :func:`scvi_cradle.metrics.qc_pass_rate`: a row per label and ``"all"``; columns
-        ``generated``, ``real``, ``real_passed``, the same per criterion, and ``criteria_left_out`` (the doublet
-        criterion). Without the data of training (``load(adata=False)``) the columns of real cells are left out.
-        ``attrs["diagnostics"]`` holds :meth:`get_diagnostics`.
-
-        Raises
-        ------
-        ValueError
-            If there are no thresholds: label the data with :func:`scvi_cradle.pp.qc_label`.
-        """
-        record = thresholds if thresholds is not None else self.qc_record_
-        if record is None:
-            msg = "QC thresholds are needed; the training data hold none for this flag: label them with `scvi_cradle.pp.qc_label`, or pass `thresholds=adata.uns['qc_label']`."
-            raise ValueError(msg)
-        record = {**record, "layer": ""}  # the cells compared here have their counts in X
-        generated = self.get_generated_expression(
-            perturbations, n_samples=n_samples, artifact=artifact, library_size=library_size, seed=seed
-        )
-        if not self._has_training_data():
-            table = metrics.qc_pass_rate(generated, generated, thresholds=record)
-            table = table[[c for c in table if not str(c).startswith(("real", "n_real"))]]
-        else:
-            real = self._real_cells(self.adata, np.asarray(self.train_indices_))
-            table = metrics.qc_pass_rate(real, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
-        table.attrs["diagnostics"] = self.diagnostics_
-        return table
 
     def evaluate(
         self,
@@ -221,7 +170,10 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         ------
         ValueError
             If there are no held-out cells and none were given.
+        NotImplementedError
+            For a Gaussian likelihood: the metrics need counts.
         """
+        self._needs_counts("`evaluate`")
         data = self._validate_anndata(adata)
         positions = self._held_out() if adata is None and indices is None else check_indices(indices, data)
         real = self._with_controls(self._real_cells(data, positions, passed_only=passed_only), passed_only=passed_only)
@@ -277,7 +229,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         manager = self.get_anndata_manager(data, required=True)
         labels = np.array(label_table(manager.get_state_registry(KEYS.PERTURBATION)).labels)
         codes = np.asarray(manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions].astype(int)
-        flags = np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
+        flags = failed_cells(manager, positions)
         kept = ~flags if passed_only else np.ones(len(flags), dtype=bool)
         obs = pd.DataFrame(
             {COLUMNS.PERTURBATION: pd.Categorical(labels[codes[kept]]), COLUMNS.ARTIFACT: flags[kept]},
@@ -291,6 +243,13 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         if self.qc_record_ is not None:
             real.uns[QC_UNS_KEY] = self.qc_record_
         return real
+
+
+def failed_cells(manager: Any, positions: np.ndarray) -> np.ndarray:
+    """Return which cells failed QC; none where no flag is registered."""
+    if KEYS.ARTIFACT not in manager.data_registry:
+        return np.zeros(len(positions), dtype=bool)
+    return np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
 
 
 def principal_variance(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[np.ndarray, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,14 +11,14 @@ from scvi import settings
 from scvi.model.base import UnsupervisedTrainingMixin
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle._validation import check_positive
+from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.data import TrainingStatistics, split_indices, training_statistics
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
 
 MIN_EPOCHS, N_VALIDATIONS = 5, 100
-PLAN_ARGUMENTS = ("lr", "weight_decay", "lr_schedule", "effect_lr_scale")
+PLAN_ARGUMENTS = ("lr", "weight_decay", "lr_schedule", "effect_lr_scale", "n_epochs_kl_warmup")
 
 
 class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
@@ -35,6 +35,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         batch_size: int | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
+        objective: Literal["elbo", "iwelbo"] = "elbo",
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
@@ -63,6 +64,9 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             the treatment posteriors (3e-4 constant for the papers' presets).
         weight_decay
             Weight decay of Adam. Default 1e-6.
+        objective
+            ``"elbo"``, or ``"iwelbo"``: the importance-weighted bound over the model's particles (SAMS-VAE, eq. 7), which
+            needs ``n_particles`` above 1 and is not offered by CradleVAE.
         train_size, validation_size, shuffle_set_split
             The random split, as in scvi-tools.
         early_stopping
@@ -85,6 +89,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
                 check_positive(name, value, integer=True)
+        self._check_objective(objective)
         self._validate_anndata(None)
         settings_ = dict(self._training_settings)
         batch_size = batch_size or settings_["batch_size"]
@@ -99,14 +104,17 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         )
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(len(split[0]) / batch_size)
-        max_epochs = resolve_epochs(max_epochs or settings_["max_epochs"], max_steps, steps_per_epoch, len(split[0]))
-        plan = {name: settings_[name] for name in PLAN_ARGUMENTS}
+        if max_epochs is None and max_steps is None:
+            max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
+        max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, len(split[0]))
+        plan = {name: settings_[name] for name in PLAN_ARGUMENTS if name in settings_}
         plan |= {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
         if max_steps is not None:
             trainer["max_steps"] = max_steps
         if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
+        self.module.objective = objective
         self.module.train()
         super().train(
             max_epochs=max_epochs,
@@ -137,20 +145,24 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             train_indices,
             members=members,
             n_treatments=len(table.treatments),
-            statistic=self.module.references.statistic,
+            log=self.module.log_input,
+            statistic=self.module.references.statistic if self.module.has_artifact else "median",
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))
         self.module.set_labels(members)
-        self.module.references.set(
-            statistics.reference_labels, statistics.reference_profiles.toarray(), statistics.pools
-        )
         self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}
         self.libraries_ = statistics.libraries
-        profiles = statistics.reference_profiles
+        if self.module.has_artifact:
+            self._set_references(statistics)
+
+    def _set_references(self, statistics: TrainingStatistics) -> None:
+        """Keep the reference profiles of the counterfactual term."""
+        profiles, labels = statistics.reference_profiles, self._table.labels
+        self.module.references.set(statistics.reference_labels, profiles.toarray(), statistics.pools)
         self.references_ = {
-            "labels": [table.labels[code] for code in statistics.reference_labels],
-            "n_failed": {t: int(n) for t, n in zip(table.labels, statistics.n_failed_per_label, strict=True) if n},
+            "labels": [labels[code] for code in statistics.reference_labels],
+            "n_failed": {t: int(n) for t, n in zip(labels, statistics.n_failed_per_label, strict=True) if n},
             "data": profiles.data,
             "indices": profiles.indices,
             "indptr": profiles.indptr,
@@ -160,13 +172,25 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         module = self.module
         with torch.no_grad():
             module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
-            module.n_failed.fill_(statistics.n_failed)
             module.n_train.fill_(n_train)
+            if module.has_artifact:
+                module.n_failed.fill_(statistics.n_failed)
             if not self.is_trained_:
                 module.input_mean.copy_(torch.as_tensor(statistics.input_mean))
                 module.input_std.copy_(torch.as_tensor(statistics.input_std))
                 if self._architecture["output_bias"] == "data":
-                    module.decoder.initialize_output(torch.as_tensor(statistics.gene_share).float())
+                    module.decoder.initialize_output(
+                        *(
+                            torch.as_tensor(v).float()
+                            for v in (statistics.gene_share, statistics.input_mean, statistics.input_std)
+                        )
+                    )
+
+    def _check_objective(self, objective: str) -> None:
+        check_one_of("objective", objective, self.module.objectives)
+        if objective == "iwelbo" and self.module.n_particles < 2:
+            msg = "The importance-weighted objective needs several particles; received `n_particles=1`: build the model with `n_particles=5`, say."
+            raise ValueError(msg)
 
     def _diagnose(self) -> None:
         """Compute the diagnostics of a trained model and warn of a collapse."""

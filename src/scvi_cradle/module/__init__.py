@@ -1,5 +1,8 @@
-"""Modules of the models (torch), on scvi-tools' :class:`~scvi.module.base.BaseModuleClass`."""
+"""Torch modules of the models."""
 
+from scvi_cradle.module._conditionalvae import ConditionalVAEModule
 from scvi_cradle.module._cradlevae import CradleVAEModule
+from scvi_cradle.module._samsvae import SAMSVAEModule
+from scvi_cradle.module._svaeplus import SVAEPlusModule
 
-__all__ = ["CradleVAEModule"]
+__all__ = ["ConditionalVAEModule", "CradleVAEModule", "SAMSVAEModule", "SVAEPlusModule"]

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from scvi.module.base import LossOutput, auto_move_data
 from torch import Generator, Tensor
 from torch.distributions import Normal
-from torch.nn.functional import one_hot
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle.module.base import (
+    AmortizedEmbedding,
     ArtifactLatent,
     BasalEncoder,
+    BernoulliMask,
+    Decoder,
     EffectDraw,
-    NegativeBinomialDecoder,
+    FreeGaussian,
     Pairs,
+    PerturbationModule,
     References,
-    SparseEffects,
+    TreatmentEffects,
     gaussian_kl,
     library_size,
-    normal_like,
+    posterior_of_cells,
+    sample_normal,
 )
 
 Posterior = Literal["correlated", "correlated_basal", "correlated_embedding", "mean_field"]
@@ -33,17 +36,19 @@ Posterior = Literal["correlated", "correlated_basal", "correlated_embedding", "m
 class LatentDraw(NamedTuple):
     """What :meth:`CradleVAEModule.inference` draws; the leading axis is the particle."""
 
+    q_basal: Normal  # (P, n, D)
+    z_basal: Tensor  # (P, n, D)
     effects: EffectDraw
     z_perturbation: Tensor  # (P, n, D)
     artifact_vector: Tensor  # (P, n or 1, D)
     kl_artifact: Tensor  # ()
     z_artifact: Tensor  # (P, n, D)
-    q_basal: Normal  # (P, n, D)
-    z_basal: Tensor  # (P, n, D)
+    x_projected: Tensor  # (n, H), the expression in the encoder's first layer
     offsets: tuple[Tensor, ...]  # what the encoder adds for effects (P, n, H) and for the artifact; empty: mean field
+    prior_mean: float = 0.0  # of z_b
 
 
-class CradleVAEModule(BaseModuleClass):
+class CradleVAEModule(PerturbationModule):
     r"""CRADLE-VAE (Baek et al. 2024, eqs. 1-5 and Alg. 1-3).
 
     .. math::
@@ -58,12 +63,8 @@ class CradleVAEModule(BaseModuleClass):
 
     Parameters
     ----------
-    n_genes, n_treatments
-        Sizes of the data.
-    n_levels
-        Numbers of categories of the batch and of each categorical covariate (one-hot inputs of the decoder).
-    n_continuous
-        Number of continuous covariates.
+    n_genes, n_treatments, n_levels, n_continuous
+        Sizes of the data (see :class:`~scvi_cradle.module.base.PerturbationModule`).
     n_latent, n_hidden, n_layers_encoder, n_layers_decoder
         Sizes of the networks.
     mask_prior_logit
@@ -80,7 +81,7 @@ class CradleVAEModule(BaseModuleClass):
     gs_temperature
         Temperature of the relaxed Bernoulli.
     combine, effect_path
-        How the decoder takes the latent parts (see :class:`NegativeBinomialDecoder`).
+        How the decoder takes the latent parts (see :class:`~scvi_cradle.module.base.Decoder`).
     artifact_latent
         ``"gaussian"``, or ``"embedding"`` for a plain vector ("w/o Causal").
     draws, n_particles
@@ -95,12 +96,9 @@ class CradleVAEModule(BaseModuleClass):
         ``"none"``, ``"batch"`` (published code) or ``"dataset"`` (0.5 over the frequency of the flag).
     """
 
-    input_mean: Tensor
-    input_std: Tensor
-    n_obs_per_treatment: Tensor
     n_failed: Tensor
-    n_train: Tensor
-    label_members: Tensor
+    has_artifact = True
+    objectives = ("elbo",)
 
     def __init__(
         self,
@@ -138,36 +136,39 @@ class CradleVAEModule(BaseModuleClass):
         share_global_samples: bool,
         reconstruction_balance: Literal["none", "batch", "dataset"],
     ) -> None:
-        super().__init__()
-        self.n_levels = tuple(n if n > 1 else 0 for n in n_levels)
-        self.per_cell, self.n_particles, self.sampled_kl = draws == "cell", n_particles, kl == "sampled"
+        super().__init__(
+            n_genes,
+            n_treatments,
+            n_levels=n_levels,
+            n_continuous=n_continuous,
+            n_latent=n_latent,
+            n_particles=n_particles,
+            per_cell=draws == "cell",
+            sampled_kl=kl == "sampled",
+        )
         self.cf_weight, self.cf_reduction, self.cf_direction = cf_weight, cf_reduction, cf_direction
         self.cf_detach_reference, self.share_global_samples = cf_detach_reference, share_global_samples
         self.reconstruction_balance = reconstruction_balance
 
-        sees_effects = posterior in ("correlated", "correlated_basal")
-        self.offsets = ("perturbation", "artifact") if sees_effects else ()
-        self.encoder = BasalEncoder(n_genes, n_latent, n_hidden, n_layers_encoder, self.offsets)
-        self.decoder = NegativeBinomialDecoder(
+        self.sees_effects = posterior in ("correlated", "correlated_basal")
+        offsets = dict.fromkeys(("perturbation", "artifact"), n_latent) if self.sees_effects else {}
+        self.encoder = BasalEncoder(n_genes, n_latent, n_hidden, n_layers_encoder, offsets)
+        self.decoder = Decoder(
             n_genes,
-            n_latent,
+            dict.fromkeys(("basal", "perturbation", "artifact"), n_latent),
             n_hidden,
             n_layers_decoder,
-            n_covariates=sum(self.n_levels) + n_continuous,
+            n_covariates=self.n_covariates,
             combine=combine,
             effect_path=effect_path,
         )
-        self.effects = SparseEffects(
-            n_treatments,
-            n_latent,
-            mask_prior_logit=mask_prior_logit,
-            embedding_prior_scale=embedding_prior_scale,
-            amortized=posterior in ("correlated", "correlated_embedding"),
-            n_layers=embedding_n_layers,
-            n_hidden=embedding_n_hidden,
-            mask_init_logit=mask_init_logit,
-            embedding_init_scale=embedding_init_scale,
-            temperature=gs_temperature,
+        shape, amortized = (n_treatments, n_latent), posterior in ("correlated", "correlated_embedding")
+        self.effects = TreatmentEffects(
+            BernoulliMask(*shape, prior_logit=mask_prior_logit, init_logit=mask_init_logit, temperature=gs_temperature),
+            AmortizedEmbedding(*shape, embedding_n_layers, embedding_n_hidden)
+            if amortized
+            else FreeGaussian(shape, embedding_init_scale),
+            prior_scale=embedding_prior_scale,
             sampled_kl=self.sampled_kl,
         )
         self.artifact = ArtifactLatent(
@@ -177,63 +178,24 @@ class CradleVAEModule(BaseModuleClass):
             init_scale=artifact_init_scale,
             sampled_kl=self.sampled_kl,
         )
-        self.register_buffer("input_mean", torch.zeros(n_genes))
-        self.register_buffer("input_std", torch.ones(n_genes))
-        self.register_buffer("n_obs_per_treatment", torch.zeros(n_treatments))
         self.register_buffer("n_failed", torch.zeros(()))
-        self.register_buffer("n_train", torch.zeros(()))
-        self.register_buffer("label_members", torch.full((1, 1), -1), persistent=False)
         self.references = References(n_genes, resample=cf_resample, n_samples=cf_n_samples, statistic=cf_statistic)
 
-    # ---- what comes from training cells -----------------------------------------------------------------------------
-
     def set_labels(self, members: np.ndarray) -> None:
-        """Set the treatments of every label code, padded with -1, shape ``(n_labels, width)``.
-
-        The codes of training labels come first and never change; those of a query's new combinations follow.
-        """
-        self.label_members = torch.as_tensor(members, device=self.input_mean.device)
+        """Set the treatments of every label code, and make room for their reference profiles."""
+        super().set_labels(members)
         self.references.resize(len(members))
 
-    # ---- inputs -----------------------------------------------------------------------------------------------------
-
     def _get_inference_input(self, tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
-        x = tensors[REGISTRY_KEYS.X_KEY]
-        label = tensors[KEYS.PERTURBATION].reshape(-1).long()
-        artifact = tensors[KEYS.ARTIFACT] if KEYS.ARTIFACT in tensors else x.new_zeros(len(x), 1)
-        return {"x": x, "label": label, "artifact": artifact, "dosage": tensors.get(KEYS.DOSAGE)}
+        inputs = super()._get_inference_input(tensors)
+        artifact = tensors[KEYS.ARTIFACT] if KEYS.ARTIFACT in tensors else inputs["x"].new_zeros(len(inputs["x"]), 1)
+        return inputs | {"artifact": artifact}
 
     def _get_generative_input(
         self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], **kwargs: Any
     ) -> dict[str, Any]:
-        return {
-            "latent": inference_outputs["latent"],
-            "pairs": inference_outputs["pairs"],
-            "artifact": self._get_inference_input(tensors)["artifact"],
-            "covariates": self.covariates(tensors),
-        }
-
-    def covariates(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Return the covariate design of the decoder, shape ``(n_cells, n_covariates)``."""
-        codes = [tensors[REGISTRY_KEYS.BATCH_KEY]]
-        if REGISTRY_KEYS.CAT_COVS_KEY in tensors:
-            codes.append(tensors[REGISTRY_KEYS.CAT_COVS_KEY])
-        columns = torch.cat([c.long() for c in codes], dim=1).unbind(1)
-        parts = [one_hot(c, n).float() for c, n in zip(columns, self.n_levels, strict=True) if n]
-        if REGISTRY_KEYS.CONT_COVS_KEY in tensors:
-            parts.append(tensors[REGISTRY_KEYS.CONT_COVS_KEY])
-        return torch.cat(parts, dim=1) if parts else codes[0].new_zeros(len(codes[0]), 0).float()
-
-    def pairs(self, label: Tensor, dosage: Tensor | None = None) -> Pairs:
-        """Return the non-zero dosages of cells, from their label codes or from a dosage matrix."""
-        if dosage is not None:
-            cell, treatment = dosage.nonzero(as_tuple=True)
-            return Pairs(cell, treatment, dosage[cell, treatment], len(dosage))
-        return Pairs.from_members(self.label_members[label])
-
-    def standardize(self, x: Tensor) -> Tensor:
-        """Return ``(log(1 + x) - mean) / sd`` with the moments of the training cells."""
-        return (x.log1p() - self.input_mean) / self.input_std
+        artifact = self._get_inference_input(tensors)["artifact"]
+        return super()._get_generative_input(tensors, inference_outputs) | {"artifact": artifact}
 
     # ---- inference --------------------------------------------------------------------------------------------------
 
@@ -246,6 +208,8 @@ class CradleVAEModule(BaseModuleClass):
         dosage: Tensor | None = None,
         n_samples: int | None = None,
         sample: bool = True,
+        effects: EffectDraw | None = None,
+        vector: tuple[Tensor, Tensor] | None = None,
         generator: Generator | None = None,
     ) -> dict[str, Any]:
         """Draw the latent variables of cells.
@@ -258,27 +222,27 @@ class CradleVAEModule(BaseModuleClass):
             Number of particles; default: the module's.
         sample
             Whether to draw, or to take posterior means.
+        effects, vector
+            A draw of all treatments, and of the artifact vector with its divergence, to use instead of new ones.
         generator
             Source of randomness; default: torch's global one.
         """
-        n_particles = n_samples or self.n_particles
-        pairs = self.pairs(label, dosage)
+        n_particles, pairs = n_samples or self.n_particles, self.pairs(label, dosage)
         x_projected = self.encoder.first.project("x", self.standardize(x))  # (n, H), once for all passes
-        draw = self.effects.draw(pairs, n_particles, per_cell=self.per_cell, sample=sample, generator=generator)
+        draw = self.draw_effects(pairs, n_particles, sample=sample, effects=effects, generator=generator)
         n_vectors = len(x) if self.per_cell else 1
-        vector, kl_artifact = self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
+        u, kl_artifact = vector or self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
+        offsets = self._encoder_offsets(draw, pairs, u, artifact)
+        q_basal = posterior_of_cells(self.encoder, x_projected, offsets, n_particles)
+        z_basal = sample_normal(q_basal, sample=sample, generator=generator)
         z_perturbation = draw.to_cells(draw.rows, pairs)  # (P, n, D)
-        z_artifact = vector * artifact  # (P, n, D)
-        offsets = self._encoder_offsets(draw, pairs, vector, artifact)
-        q_basal = self.encoder(x_projected, *offsets)
-        q_basal = q_basal.expand((n_particles, *q_basal.batch_shape[-2:]))
-        z_basal = q_basal.loc + q_basal.scale * normal_like(q_basal.loc, generator) if sample else q_basal.loc
-        latent = LatentDraw(draw, z_perturbation, vector, kl_artifact, z_artifact, q_basal, z_basal, offsets)
-        return {"latent": latent, "pairs": pairs, "x_projected": x_projected}
+        z_artifact = u * artifact  # (P, n, D)
+        latent = LatentDraw(q_basal, z_basal, draw, z_perturbation, u, kl_artifact, z_artifact, x_projected, offsets)
+        return {"latent": latent, "pairs": pairs}
 
     def _encoder_offsets(self, draw: EffectDraw, pairs: Pairs, vector: Tensor, artifact: Tensor) -> tuple[Tensor, ...]:
         """Project effects (once per row) and the artifact vector (once per draw) into the encoder's first layer."""
-        if not self.offsets:
+        if not self.sees_effects:
             return ()
         first = self.encoder.first
         effects = draw.to_cells(first.project("perturbation", draw.rows), pairs)  # (P, n, H)
@@ -298,6 +262,43 @@ class CradleVAEModule(BaseModuleClass):
             )
         return {"features": decoder.features(projected, latent.z_perturbation, covariates)}
 
+    # ---- new cells, other treatments --------------------------------------------------------------------------------
+
+    def draw_globals(self, generator: Generator | None = None) -> dict[str, Any]:
+        """Draw all global variables once; the result is an argument of :meth:`inference`."""
+        vector = self.artifact.draw(1, 1, sampled_kl=True, generator=generator)
+        return super().draw_globals(generator) | {"vector": vector}
+
+    def prior(
+        self, pairs: Pairs, noise: Tensor, *, artifact: bool = False, generator: Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Return latent parts of new cells: ``z_b = noise``, effects and ``u`` drawn, each ``(1, n_cells, n_latent)``."""
+        draw = self.effects.draw(pairs, 1, per_cell=True, generator=generator)
+        z_artifact = torch.zeros_like(noise)
+        if artifact:
+            z_artifact, _ = self.artifact.draw(1, pairs.n_cells, generator=generator)
+        return {"basal": noise, "perturbation": draw.to_cells(draw.rows, pairs), "artifact": z_artifact}
+
+    def intervene(
+        self,
+        latent: LatentDraw,
+        pairs: Pairs,
+        target: Pairs | None,
+        *,
+        artifact: bool = False,
+        generator: Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the latent parts of cells had they received ``target`` (None: their own treatments)."""
+        z_perturbation = latent.z_perturbation
+        if target is not None:
+            z_perturbation = self.prior(target, latent.z_basal, generator=generator)["perturbation"]
+        z_artifact = latent.artifact_vector * float(artifact) + torch.zeros_like(latent.z_basal)
+        return {"basal": latent.z_basal, "perturbation": z_perturbation, "artifact": z_artifact}
+
+    def components(self, latent: LatentDraw) -> dict[str, Tensor]:
+        """Return the latent parts by name."""
+        return {"basal": latent.z_basal, "perturbation": latent.z_perturbation, "artifact": latent.z_artifact}
+
     # ---- objective --------------------------------------------------------------------------------------------------
 
     def loss(
@@ -311,41 +312,36 @@ class CradleVAEModule(BaseModuleClass):
         """Return the negative ELBO per cell plus the weighted counterfactual term, averaged over the batch."""
         x, latent, pairs = tensors[REGISTRY_KEYS.X_KEY], inference_outputs["latent"], inference_outputs["pairs"]
         inputs = self._get_inference_input(tensors)
-        artifact, label = inputs["artifact"][:, 0], inputs["label"]
+        artifact = inputs["artifact"][:, 0]
         n_particles, n_cells = latent.z_basal.shape[:2]
         weight = self.reconstruction_weights(artifact)
         weighted, log_prob = self.decoder.weighted_log_prob(
             x, generative_outputs["features"], library_size(x), weight / (n_particles * n_cells)
         )
         kl_basal = self.kl_basal(latent).mean(0)  # (n,)
-        kl_treatment = (latent.effects.kl.mean(0) * latent.effects.weights(pairs, self.n_obs_per_treatment)).sum()
-        kl_artifact = latent.kl_artifact * artifact.sum() / self.n_failed.clamp_min(1)
-        kl_global = kl_treatment + kl_artifact  # of this batch
-        counterfactual, eligible = self.counterfactual_kl(
-            latent, pairs, inference_outputs["x_projected"], label, artifact
-        )
+        kl_global = self.global_shares(latent, pairs, inputs).mean(0)  # (n,)
+        counterfactual, eligible = self.counterfactual_kl(latent, pairs, inputs["label"], artifact)
         cf_total = counterfactual.mean(0).sum()
         cf = cf_total if self.cf_reduction == "sum" else cf_total / n_cells
-        loss = -weighted + kl_weight * (kl_basal.mean() + kl_global / n_cells) + self.cf_weight * cf
+        loss = -weighted + kl_weight * (kl_basal + kl_global).mean() + self.cf_weight * cf
         return LossOutput(
             loss=loss,
             reconstruction_loss=-log_prob.mean(0),
             kl_local={"kl_basal": kl_basal.detach()},
-            kl_global=(kl_global * n_obs / n_cells).detach(),  # unbiased for the whole data set
+            kl_global=(kl_global.mean() * n_obs).detach(),  # unbiased for the whole data set
             extra_metrics={
-                "kl_treatment": (kl_treatment / n_cells).detach(),
-                "kl_artifact": (kl_artifact / n_cells).detach(),
+                "kl_treatment": (kl_global - self._artifact_share(latent, artifact)).mean().detach(),
+                "kl_artifact": self._artifact_share(latent, artifact).mean().detach(),
                 "cf_kl": (cf_total / eligible.sum().clamp_min(1)).detach(),
             },
         )
 
-    def kl_basal(self, latent: LatentDraw) -> Tensor:
-        """Return ``KL(q(z_b) || N(0, I))`` of every cell, shape ``(n_particles, n_cells)``."""
-        q = latent.q_basal
-        if self.sampled_kl:
-            log_prior = -0.5 * (latent.z_basal.square() + math.log(2 * math.pi))
-            return (q.log_prob(latent.z_basal) - log_prior).sum(-1)
-        return gaussian_kl(q.loc, q.scale, 0.0, 1.0).sum(-1)
+    def global_shares(self, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> Tensor:
+        """Return what every cell carries of the global divergences: effects, and the artifact vector if it failed."""
+        return super().global_shares(latent, pairs, inputs) + self._artifact_share(latent, inputs["artifact"][:, 0])
+
+    def _artifact_share(self, latent: LatentDraw, artifact: Tensor) -> Tensor:
+        return latent.kl_artifact * artifact / self.n_failed.clamp_min(1)
 
     def reconstruction_weights(self, artifact: Tensor) -> Tensor:
         """Return the weight of every cell in the reconstruction term, shape ``(n_cells,)``."""
@@ -358,7 +354,7 @@ class CradleVAEModule(BaseModuleClass):
         return torch.where(artifact > 0, 0.5 / failed, 0.5 / (1 - failed))
 
     def counterfactual_kl(
-        self, latent: LatentDraw, pairs: Pairs, x_projected: Tensor, label: Tensor, artifact: Tensor
+        self, latent: LatentDraw, pairs: Pairs, label: Tensor, artifact: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the divergence between reference and counterfactual basal states of eligible cells.
 
@@ -368,8 +364,8 @@ class CradleVAEModule(BaseModuleClass):
         -------
         The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
         """
-        eligible = (artifact == 0) & self.references.available(label)
-        if self.cf_weight == 0 or not self.offsets or not bool(eligible.any()):
+        x_projected, eligible = latent.x_projected, (artifact == 0) & self.references.available(label)
+        if self.cf_weight == 0 or not self.sees_effects or not bool(eligible.any()):
             return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
         cells = eligible.nonzero()[:, 0]
         labels, inverse = torch.unique(label[cells], return_inverse=True)

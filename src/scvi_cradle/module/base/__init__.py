@@ -1,15 +1,18 @@
 """Parts of which the modules are made."""
 
-from scvi_cradle.module.base._decoder import NegativeBinomialDecoder
-from scvi_cradle.module.base._effects import (
-    ArtifactLatent,
-    EffectDraw,
-    Pairs,
-    SparseEffects,
-    normal_like,
-    straight_through_bernoulli,
+from scvi_cradle.module.base._artifact import ArtifactLatent
+from scvi_cradle.module.base._batch_norm import BatchNormDecoder, BatchNormEncoder
+from scvi_cradle.module.base._decoder import Decoder, OutputHead
+from scvi_cradle.module.base._effects import EffectDraw, Pairs, TreatmentEffects
+from scvi_cradle.module.base._elbo import (
+    bernoulli_kl_logits,
+    beta_kl,
+    beta_log_prob,
+    gaussian_kl,
+    importance_weighted_bound,
+    normal_log_prob,
 )
-from scvi_cradle.module.base._elbo import bernoulli_kl_logits, gaussian_kl, importance_weighted_bound
+from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
 from scvi_cradle.module.base._expectation import LogNormalizedExpectation
 from scvi_cradle.module.base._likelihood import (
     count_terms,
@@ -18,22 +21,40 @@ from scvi_cradle.module.base._likelihood import (
     negative_binomial_log_prob,
     softmax_rates,
 )
+from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask, straight_through_bernoulli
+from scvi_cradle.module.base._module import LatentDraw, PerturbationModule, posterior_of_cells, sample_normal
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
+from scvi_cradle.module.base._observation import GaussianLikelihood, NegativeBinomialLikelihood, PoissonLikelihood
 from scvi_cradle.module.base._references import References
 
 __all__ = [
+    "AmortizedEmbedding",
     "ArtifactLatent",
     "BasalEncoder",
+    "BatchNormDecoder",
+    "BatchNormEncoder",
+    "BernoulliMask",
+    "BetaBernoulliMask",
+    "Decoder",
     "EffectDraw",
+    "FreeGaussian",
     "GaussianHead",
+    "GaussianLikelihood",
+    "LatentDraw",
     "LogNormalizedExpectation",
-    "NegativeBinomialDecoder",
+    "NegativeBinomialLikelihood",
+    "OutputHead",
     "Pairs",
+    "PerturbationModule",
+    "PointEmbedding",
+    "PoissonLikelihood",
     "References",
     "ResidualLayers",
-    "SparseEffects",
     "SplitLinear",
+    "TreatmentEffects",
     "bernoulli_kl_logits",
+    "beta_kl",
+    "beta_log_prob",
     "count_terms",
     "fused_log_prob",
     "gaussian_kl",
@@ -41,6 +62,9 @@ __all__ = [
     "library_size",
     "negative_binomial_log_prob",
     "normal_like",
+    "normal_log_prob",
+    "posterior_of_cells",
+    "sample_normal",
     "softmax_rates",
     "straight_through_bernoulli",
 ]

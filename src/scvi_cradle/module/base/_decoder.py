@@ -1,66 +1,97 @@
-"""Decoder of the CRADLE-VAE and SAMS-VAE family: latent states to negative-binomial counts."""
+"""Decoders: latent states and covariates to the outputs of an observation model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from scvi_cradle.module.base._likelihood import fused_log_prob, negative_binomial_log_prob, softmax_rates
 from scvi_cradle.module.base._networks import ResidualLayers, SplitLinear, activation
+from scvi_cradle.module.base._observation import LIKELIHOODS, Likelihood
 
-LOG_THETA_BOUND = 10.0
-PARTS = ("basal", "perturbation", "artifact")
+PERTURBATION = "perturbation"
 
 
-class NegativeBinomialDecoder(nn.Module):
-    """``rho = softmax(f([z_b, z_p, z_a, covariates]) + W z_p)``, ``x ~ NB(l (rho + 1e-8), theta_g)``.
-
-    Either way of ``z_p`` can be left out.
+class OutputHead(nn.Module):
+    """Last layer of a decoder with its observation model.
 
     Parameters
     ----------
-    n_genes, n_latent, n_hidden, n_layers
+    n_features
+        Width of the features that enter the layer.
+    n_genes
+        Number of genes.
+    likelihood
+        ``"nb"``, ``"poisson"`` or ``"gaussian"``.
+    """
+
+    def __init__(self, n_features: int, n_genes: int, likelihood: str) -> None:
+        super().__init__()
+        self.output = nn.Linear(n_features, n_genes)
+        self.likelihood: Likelihood = LIKELIHOODS[likelihood](n_genes)
+
+    def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
+        """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""
+        return self.likelihood.log_prob(x, self.output(features), library)
+
+    def weighted_log_prob(self, x: Tensor, features: Tensor, library: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of ``log p(x | features)`` and, without gradient, its terms ``(n_particles, n_cells)``."""
+        return self.likelihood.weighted_log_prob(x, features, self.output, library, weight)
+
+    def initialize_output(self, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Start the output layer at the data's gene shares, or at its means and standard deviations, ``(n_genes,)``."""
+        self.likelihood.initialize(self.output, gene_share, mean, std)
+
+
+class Decoder(OutputHead):
+    """``output = f([parts, covariates]) + W z_p`` with a residual perceptron ``f``.
+
+    Either way of the perturbation part ``z_p`` can be left out.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    parts
+        Width of every latent part by name; the one named ``"perturbation"`` is ``z_p``.
+    n_hidden, n_layers
         Sizes; ``n_layers`` is the number of hidden layers.
     n_covariates
         Width of the covariate design that enters the first layer.
+    likelihood
+        ``"nb"``, ``"poisson"`` or ``"gaussian"``.
     combine
-        ``"concat"``: the latent parts have weights of their own; ``"sum"``: they are added.
+        ``"concat"``: the parts have weights of their own; ``"sum"``: they are added.
     effect_path
-        How ``z_p`` acts: ``"decoder"``: through the hidden layers; ``"linear"``: by a linear map on the logits alone,
-        so that effects add up on the log scale; ``"both"``.
+        How ``z_p`` acts: ``"decoder"``: through the hidden layers; ``"linear"``: by a linear map on the output alone,
+        so that effects add up on the scale of the output; ``"both"``.
     """
 
     def __init__(
         self,
         n_genes: int,
-        n_latent: int,
+        parts: dict[str, int],
         n_hidden: int,
         n_layers: int,
         *,
         n_covariates: int,
-        combine: str,
-        effect_path: str,
+        likelihood: str = "nb",
+        combine: str = "concat",
+        effect_path: str = "decoder",
     ) -> None:
-        super().__init__()
-        self.combine = combine
-        self.skip = effect_path != "decoder"
-        self.hidden_parts = tuple(part for part in PARTS if part != "perturbation" or effect_path != "linear")
-        latent = dict.fromkeys(self.hidden_parts, n_latent) if combine == "concat" else {"latent": n_latent}
+        skip = effect_path != "decoder"
+        super().__init__(n_hidden + (parts[PERTURBATION] if skip else 0), n_genes, likelihood)
+        self.combine, self.skip = combine, skip
+        self.hidden_parts = tuple(part for part in parts if part != PERTURBATION or effect_path != "linear")
+        latent = {part: parts[part] for part in self.hidden_parts}
+        latent = latent if combine == "concat" else {"latent": next(iter(latent.values()))}
         self.first = SplitLinear({**latent, "covariates": n_covariates}, n_hidden)
         self.hidden = ResidualLayers(n_layers - 1, n_hidden)
-        self.output = nn.Linear(n_hidden + (n_latent if self.skip else 0), n_genes)
-        self.log_theta = nn.Parameter(torch.zeros(n_genes))
-
-    @property
-    def theta(self) -> Tensor:
-        """Inverse dispersion of every gene, shape ``(n_genes,)``."""
-        return self.log_theta.clamp(-LOG_THETA_BOUND, LOG_THETA_BOUND).exp()
 
     def project(self, part: str, value: Tensor) -> Tensor:
         """Project one latent part by the first hidden layer, shape ``(..., n_hidden)``."""
         return self.first.project(part if self.combine == "concat" else "latent", value)
 
-    def features(self, projected: dict[str, Tensor], z_perturbation: Tensor, covariates: Tensor) -> Tensor:
+    def features(self, projected: dict[str, Tensor], z_perturbation: Tensor | None, covariates: Tensor) -> Tensor:
         """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_features)``.
 
         Parameters
@@ -79,34 +110,15 @@ class NegativeBinomialDecoder(nn.Module):
         if covariates.shape[-1]:
             hidden = hidden + self.first.project("covariates", covariates)
         hidden = self.hidden(activation(hidden))
-        if not self.skip:
+        if not self.skip or z_perturbation is None:
             return hidden
         return torch.cat([hidden, z_perturbation.expand(*hidden.shape[:-1], -1)], dim=-1)
 
-    def features_of(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
-        """Return :meth:`features` of latent parts that are given cell by cell."""
-        parts = dict(zip(PARTS, (z_basal, z_perturbation, z_artifact), strict=True))
+    def features_of(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
+        """Return :meth:`features` of latent parts that are given cell by cell, each ``(n_particles, n_cells, width)``."""
         projected = {part: self.project(part, parts[part]) for part in self.hidden_parts}
-        return self.features(projected, z_perturbation, covariates)
+        return self.features(projected, parts.get(PERTURBATION), covariates)
 
-    def forward(self, z_basal: Tensor, z_perturbation: Tensor, z_artifact: Tensor, covariates: Tensor) -> Tensor:
-        """Return logits of the gene shares, shape ``(n_particles, n_cells, n_genes)``."""
-        return self.output(self.features_of(z_basal, z_perturbation, z_artifact, covariates))
-
-    def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
-        """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""
-        mu = softmax_rates(self.output(features), library)
-        return negative_binomial_log_prob(x, mu, self.theta).sum(-1)
-
-    def weighted_log_prob(self, x: Tensor, features: Tensor, library: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of ``log p(x | features)`` and, without gradient, its terms (see ``fused_log_prob``)."""
-        layer = self.output
-        return fused_log_prob(features, layer.weight, layer.bias, self.theta, x, library, weight)
-
-    def initialize_output(self, gene_share: Tensor) -> None:
-        """Start the output bias at the log mean gene shares, shape ``(n_genes,)``."""
-        with torch.no_grad():
-            self.output.bias.copy_((gene_share + RARE_GENE_SHARE).log())
-
-
-RARE_GENE_SHARE = 1e-6
+    def forward(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
+        """Return the output (for counts: logits of gene shares), shape ``(n_particles, n_cells, n_genes)``."""
+        return self.output(self.features_of(parts, covariates))

@@ -1,18 +1,18 @@
-"""Global latent variables: sparse treatment effects and the artifact vector, drawn per batch or per cell."""
+"""Global latent variables: treatment effects, a mask times an embedding, drawn per batch or per cell."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
-from scvi_cradle.module.base._elbo import bernoulli_kl_logits, gaussian_kl
-from scvi_cradle.module.base._networks import GaussianHead, ResidualLayers, activation
+from scvi_cradle.module.base._elbo import gaussian_kl, normal_log_prob
+from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
+from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask
 
-SCALE_FLOOR = 1e-4
+N_MASK_DRAWS = 64
 
 
 class Pairs(NamedTuple):
@@ -29,6 +29,11 @@ class Pairs(NamedTuple):
         cell, slot = (members >= 0).nonzero(as_tuple=True)
         return cls(cell, members[cell, slot], torch.ones(len(cell), device=cell.device), len(members))
 
+    def dosage(self, n_treatments: int) -> Tensor:
+        """Return the dosage matrix, shape ``(n_cells, n_treatments)``."""
+        dosage = self.dose.new_zeros(self.n_cells, n_treatments)
+        return dosage.index_put((self.cell, self.treatment), self.dose, accumulate=True)
+
 
 class EffectDraw(NamedTuple):
     """Draws of treatment effects.
@@ -40,6 +45,8 @@ class EffectDraw(NamedTuple):
         (``draws="batch"``) or one per pair (``draws="cell"``).
     kl
         Divergence of the posterior of each row's treatment, shape ``(n_particles or 1, n_rows)``.
+    log_prior
+        ``log p(m)`` of each row's treatment, same shape.
     row_of_pair
         Row of every pair, shape ``(n_pairs,)``.
     treatment
@@ -48,6 +55,7 @@ class EffectDraw(NamedTuple):
 
     rows: Tensor
     kl: Tensor
+    log_prior: Tensor
     row_of_pair: Tensor
     treatment: Tensor
 
@@ -56,81 +64,46 @@ class EffectDraw(NamedTuple):
         cells = values.new_zeros(values.shape[0], pairs.n_cells, values.shape[2])
         return cells.index_add(1, pairs.cell, values[:, self.row_of_pair] * pairs.dose[:, None])
 
-    def weights(self, pairs: Pairs, n_obs_per_treatment: Tensor) -> Tensor:
-        """Return the plate weight of every row: its pairs over the training cells of its treatment, ``1/0 -> 0``."""
-        n_obs = n_obs_per_treatment[self.treatment]
-        in_batch = torch.zeros_like(n_obs).index_add(0, self.row_of_pair, torch.ones_like(pairs.dose))
-        return torch.where(n_obs > 0, in_batch / n_obs.clamp_min(1), torch.zeros_like(n_obs))
+    def shares(self, pairs: Pairs, n_obs_per_treatment: Tensor, prior_weight_per_cell: float = 0.0) -> Tensor:
+        """Return what every cell carries of the divergences of its treatments, shape ``(n_particles or 1, n_cells)``.
+
+        The weight of a pair is one over the training cells of its treatment, ``1/0 -> 0``: one epoch counts each
+        treatment once. ``prior_weight_per_cell`` adds so much of ``-log p(m)`` per cell.
+        """
+        n_obs = n_obs_per_treatment[pairs.treatment]
+        weight = torch.where(n_obs > 0, 1 / n_obs.clamp_min(1), torch.zeros_like(n_obs))
+        share = self.kl[:, self.row_of_pair] * weight
+        if prior_weight_per_cell:
+            share = share - prior_weight_per_cell * self.log_prior[:, self.row_of_pair] * (n_obs > 0)
+        return share.new_zeros(share.shape[0], pairs.n_cells).index_add(1, pairs.cell, share)
 
 
-def normal_like(value: Tensor, generator: Generator | None = None) -> Tensor:
-    """Return standard normal noise of the shape of ``value``."""
-    return torch.randn(value.shape, generator=generator, device=value.device, dtype=value.dtype)
-
-
-def straight_through_bernoulli(logits: Tensor, temperature: float = 1.0, generator: Generator | None = None) -> Tensor:
-    """Draw 0/1 masks from relaxed Bernoullis: hard values forward, the gradient of the relaxed ones backward."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-    uniform = uniform.clamp(1e-7, 1 - 1e-7)
-    relaxed = torch.sigmoid((logits + uniform.logit()) / temperature)
-    return (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
-
-
-class SparseEffects(nn.Module):
-    """Posterior of sparse treatment effects: masks ``m_t`` and embeddings ``e_t`` (SAMS-VAE, eqs. 1-5).
-
-    Priors: ``m_t ~ Bernoulli(alpha)``, ``e_t ~ N(0, s^2 I)``. Posteriors: ``q(m_t)`` a free Bernoulli;
-    ``q(e_t)`` a free Gaussian (``amortized=False``) or ``q(e_t | m_t)`` a perceptron of the mask and the treatment.
+class TreatmentEffects(nn.Module):
+    """Posterior of treatment effects ``e_t * m_t`` (SAMS-VAE, eqs. 1-5).
 
     Parameters
     ----------
-    n_treatments, n_latent
-        Shape of masks and embeddings.
-    mask_prior_logit
-        Log-odds of ``alpha``.
-    embedding_prior_scale
-        Standard deviation ``s``.
-    amortized, n_layers, n_hidden
-        Whether ``q(e_t | m_t)`` is a network, and its size.
-    mask_init_logit, embedding_init_scale
-        Start of the posteriors.
-    temperature
-        Temperature of the relaxed Bernoulli.
+    mask
+        Posterior of the masks, or None for masks fixed to one (CPA-VAE).
+    embedding
+        Posterior of the embeddings, whose prior is ``N(0, prior_scale^2 I)``; a :class:`PointEmbedding` has none.
+    prior_scale
+        Standard deviation of that prior.
     sampled_kl
         Estimate the divergences at the draws instead of in closed form.
     """
 
     def __init__(
         self,
-        n_treatments: int,
-        n_latent: int,
+        mask: BernoulliMask | BetaBernoulliMask | None,
+        embedding: FreeGaussian | AmortizedEmbedding | PointEmbedding,
         *,
-        mask_prior_logit: float,
-        embedding_prior_scale: float,
-        amortized: bool,
-        n_layers: int,
-        n_hidden: int,
-        mask_init_logit: float,
-        embedding_init_scale: float,
-        temperature: float,
+        prior_scale: float,
         sampled_kl: bool,
     ) -> None:
         super().__init__()
-        self.mask_prior_logit = mask_prior_logit
-        self.embedding_prior_scale = embedding_prior_scale
-        self.temperature = temperature
-        self.sampled_kl = sampled_kl
-        self.mask_logits = nn.Parameter(torch.full((n_treatments, n_latent), float(mask_init_logit)))
-        self.amortized = amortized
-        self.embedding: AmortizedEmbedding | FreeGaussian
-        if amortized:
-            self.embedding = AmortizedEmbedding(n_treatments, n_latent, n_layers, n_hidden)
-        else:
-            self.embedding = FreeGaussian((n_treatments, n_latent), embedding_init_scale)
-
-    def embedding_posterior(self, treatment: Tensor, mask: Tensor) -> Normal:
-        """Return ``q(e | m)`` of rows; ``mask`` has shape ``(P, n_rows, n_latent)``."""
-        return self.embedding(treatment, mask) if self.amortized else self.embedding(treatment)
+        self.mask, self.embedding = mask, embedding
+        self.prior_scale, self.sampled_kl = prior_scale, sampled_kl
 
     def draw(
         self,
@@ -139,95 +112,90 @@ class SparseEffects(nn.Module):
         *,
         per_cell: bool,
         sample: bool = True,
+        sampled_kl: bool | None = None,
         generator: Generator | None = None,
     ) -> EffectDraw:
-        """Draw masks and embeddings of the treatments of a batch; ``sample=False`` takes posterior means."""
+        """Draw effects of the treatments of a batch; ``sample=False`` takes posterior means and no divergence."""
         if per_cell and sample:
             treatment = pairs.treatment
             row_of_pair = torch.arange(len(treatment), device=treatment.device)
         else:
             treatment, row_of_pair = torch.unique(pairs.treatment, return_inverse=True)
-        logits = self.mask_logits[treatment].expand(n_particles, -1, -1)  # (P, R, D)
         if not sample:
-            probability = torch.sigmoid(logits)
-            rows = probability * self.embedding_posterior(treatment, probability).mean
-            return EffectDraw(rows, rows.new_zeros(1, len(treatment)), row_of_pair, treatment)
-        mask = straight_through_bernoulli(logits, self.temperature, generator)
-        posterior = self.embedding_posterior(treatment, mask)
-        embedding = posterior.loc + posterior.scale * normal_like(mask, generator)
-        kl = self._kl(logits, mask, posterior, embedding)
-        return EffectDraw(mask * embedding, kl, row_of_pair, treatment)
+            rows = self._mean(treatment).expand(n_particles, -1, -1)
+            nothing = rows.new_zeros(1, len(treatment))
+            return EffectDraw(rows, nothing, nothing, row_of_pair, treatment)
+        return self._draw_rows(treatment, row_of_pair, n_particles, sampled_kl, generator)
 
-    def _kl(self, logits: Tensor, mask: Tensor, posterior: Normal, embedding: Tensor) -> Tensor:
-        prior_logit, scale = self.mask_prior_logit, self.embedding_prior_scale
-        if self.sampled_kl:
-            softplus = nn.functional.softplus
-            mask_term = (
-                mask * (logits - prior_logit) - softplus(logits) + softplus(torch.tensor(prior_logit).to(logits))
-            )
-            prior = Normal(torch.zeros_like(embedding), scale, validate_args=False)
-            return (mask_term + posterior.log_prob(embedding) - prior.log_prob(embedding)).sum(-1)
-        kl = bernoulli_kl_logits(logits[:1], prior_logit) + gaussian_kl(posterior.loc, posterior.scale, 0.0, scale)
-        return kl.sum(-1)  # (P or 1, R)
+    def draw_all(self, n_treatments: int, generator: Generator | None = None) -> EffectDraw:
+        """Draw every treatment once, with divergences at the draw; ``row_of_pair`` is to be set to the pairs' treatments."""
+        treatment = torch.arange(n_treatments, device=next(self.parameters()).device)
+        return self._draw_rows(treatment, treatment, 1, sampled_kl=True, generator=generator)
 
+    def _draw_rows(
+        self,
+        treatment: Tensor,
+        row_of_pair: Tensor,
+        n_particles: int,
+        sampled_kl: bool | None,
+        generator: Generator | None,
+    ) -> EffectDraw:
+        sampled = self.sampled_kl if sampled_kl is None else sampled_kl
+        mask = None if self.mask is None else self.mask.draw(treatment, n_particles, generator)
+        if isinstance(self.embedding, PointEmbedding):
+            embedding = self.embedding.loc[treatment].expand(n_particles, -1, -1)
+            kl = embedding.new_zeros(1, len(treatment))
+        else:
+            posterior = self.embedding(treatment, mask)
+            loc = posterior.loc.expand(n_particles, *posterior.loc.shape[-2:])
+            embedding = loc + posterior.scale * normal_like(loc, generator)
+            kl = self._embedding_kl(posterior, embedding, sampled=sampled)
+        if self.mask is None or mask is None:
+            return EffectDraw(embedding, kl, torch.zeros_like(kl), row_of_pair, treatment)
+        terms = self.mask.terms(treatment, mask, sampled=sampled, generator=generator)
+        return EffectDraw(mask * embedding, kl + terms.kl, terms.log_prior, row_of_pair, treatment)
 
-class FreeGaussian(nn.Module):
-    """Free Gaussian parameters, ``N(loc, (exp(log_scale) + 1e-4)^2)``, started at mean 0."""
+    def _embedding_kl(self, posterior: Normal, embedding: Tensor, *, sampled: bool) -> Tensor:
+        if sampled:
+            log_prior = normal_log_prob(embedding, 0.0, self.prior_scale)
+            return (posterior.log_prob(embedding) - log_prior).sum(-1)
+        kl = gaussian_kl(posterior.loc, posterior.scale, 0.0, self.prior_scale).sum(-1)
+        return kl if kl.dim() == 2 else kl[None]
 
-    def __init__(self, shape: tuple[int, ...], init_scale: float) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.zeros(shape))
-        self.log_scale = nn.Parameter(torch.full(shape, math.log(init_scale)))
+    def _mean(self, treatment: Tensor) -> Tensor:
+        """Return probability times mean embedding of rows, shape ``(1, n_rows, n_latent)``."""
+        probability = None if self.mask is None else self.mask.probability[treatment][None]
+        if isinstance(self.embedding, PointEmbedding):
+            mean = self.embedding.loc[treatment][None]
+        else:
+            mean = self.embedding(treatment, probability).mean
+        return (mean if probability is None else probability * mean).reshape(1, len(treatment), -1)
 
-    def forward(self, rows: Tensor | None = None) -> Normal:
-        """Return the Gaussian, of some rows only when given."""
-        loc, log_scale = (self.loc, self.log_scale) if rows is None else (self.loc[rows], self.log_scale[rows])
-        return Normal(loc, log_scale.exp() + SCALE_FLOOR, validate_args=False)
+    def summary(self, n_treatments: int, generator: Generator) -> dict[str, Tensor]:
+        """Return ``expected`` effect, ``mask_prob``, ``embedding_mean`` and ``embedding_std``, ``(n_treatments, n_latent)``.
 
+        Where the embedding depends on the mask, its moments are averaged over 64 drawn masks.
+        """
+        device = next(self.parameters()).device
+        treatment = torch.arange(n_treatments, device=device)
+        if isinstance(self.embedding, PointEmbedding):
+            mean = self.embedding.loc
+            std = torch.zeros_like(mean)
+        elif isinstance(self.embedding, FreeGaussian):
+            mean, std = self.embedding().mean, self.embedding().stddev
+        else:
+            return self._amortized_summary(treatment, generator)
+        probability = torch.ones_like(mean) if self.mask is None else self.mask.probability
+        return {"expected": probability * mean, "mask_prob": probability, "embedding_mean": mean, "embedding_std": std}
 
-class AmortizedEmbedding(nn.Module):
-    """``q(e_t | m_t) = N(f([m_t, onehot_t]))`` with a residual perceptron ``f`` (SAMS-VAE, App. A.4)."""
-
-    def __init__(self, n_treatments: int, n_latent: int, n_layers: int, n_hidden: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(n_latent + n_treatments)
-        self.mask_layer = nn.Linear(n_latent, n_hidden)
-        self.treatment = nn.Parameter(torch.empty(n_treatments, n_hidden).uniform_(-bound, bound))
-        self.hidden = ResidualLayers(n_layers - 1, n_hidden)
-        self.head = GaussianHead(n_hidden, n_latent)
-
-    def forward(self, treatment: Tensor, mask: Tensor) -> Normal:
-        """Return the posterior of rows, shape ``(P, n_rows, n_latent)``."""
-        return self.head(self.hidden(activation(self.mask_layer(mask) + self.treatment[treatment])))
-
-
-class ArtifactLatent(nn.Module):
-    """The global artifact vector ``u`` (CRADLE-VAE, Alg. 1): a free Gaussian, or a plain vector ("w/o Causal")."""
-
-    def __init__(
-        self, n_latent: int, *, gaussian: bool, prior_scale: float, init_scale: float, sampled_kl: bool
-    ) -> None:
-        super().__init__()
-        self.prior_scale = prior_scale
-        self.sampled_kl = sampled_kl
-        self.posterior = FreeGaussian((n_latent,), init_scale) if gaussian else None
-        self.vector = None if gaussian else nn.Parameter(torch.zeros(n_latent))
-
-    @property
-    def mean(self) -> Tensor:
-        """Posterior mean of ``u``, shape ``(n_latent,)``."""
-        return self.posterior.loc if self.posterior is not None else self.vector  # type: ignore[return-value]
-
-    def draw(
-        self, n_particles: int, n_rows: int, *, sample: bool = True, generator: Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw ``u``, shape ``(n_particles, n_rows, n_latent)``, and its divergence (a scalar)."""
-        if self.posterior is None or not sample:
-            return self.mean.expand(n_particles, n_rows, -1), self.mean.new_zeros(())
-        posterior = self.posterior()
-        loc = posterior.loc.expand(n_particles, n_rows, -1)
-        value = loc + posterior.scale * normal_like(loc, generator)
-        if self.sampled_kl:
-            prior = Normal(torch.zeros_like(value), self.prior_scale, validate_args=False)
-            return value, (posterior.log_prob(value) - prior.log_prob(value)).sum(-1).mean()
-        return value, gaussian_kl(posterior.loc, posterior.scale, 0.0, self.prior_scale).sum()
+    def _amortized_summary(self, treatment: Tensor, generator: Generator) -> dict[str, Tensor]:
+        probability = self.mask.probability  # type: ignore[union-attr]
+        uniform = torch.rand((N_MASK_DRAWS, *probability.shape), generator=generator, device=probability.device)
+        mask = (uniform < probability).float()
+        posterior = self.embedding(treatment, mask)
+        return {
+            "expected": (mask * posterior.mean).mean(0),
+            "mask_prob": probability,
+            "embedding_mean": posterior.mean.mean(0),
+            "embedding_std": posterior.variance.mean(0).sqrt(),
+        }

@@ -19,10 +19,30 @@ def gaussian_kl(mean_q: Tensor, std_q: Tensor, mean_p: Tensor | float, std_p: Te
     return 0.5 * (ratio + ((mean_q - mean_p) / std_p).square() - 1.0 - ratio.log())
 
 
+def normal_log_prob(value: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
+    """Return ``log N(value; mean, std^2)`` elementwise."""
+    std = torch.as_tensor(std, dtype=value.dtype, device=value.device)
+    return -0.5 * (((value - mean) / std).square() + math.log(2 * math.pi)) - std.log()
+
+
 def bernoulli_kl_logits(logits_q: Tensor, logit_p: float) -> Tensor:
     """Return ``KL(Bernoulli(sigmoid(logits_q)) || Bernoulli(sigmoid(logit_p)))`` elementwise; priors to 1e-40 are safe."""
     softplus_p = max(logit_p, 0.0) + math.log1p(math.exp(-abs(logit_p)))
     return torch.sigmoid(logits_q) * (logits_q - logit_p) - softplus(logits_q) + softplus_p
+
+
+def beta_log_prob(log_p: Tensor, log_not: Tensor, concentration: tuple[Tensor | float, Tensor | float]) -> Tensor:
+    """Return ``log Beta(p; a, b)`` elementwise, from ``log p`` and ``log(1 - p)``."""
+    a, b = (torch.as_tensor(c, dtype=log_p.dtype, device=log_p.device) for c in concentration)
+    return (a - 1) * log_p + (b - 1) * log_not + torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
+
+
+def beta_kl(concentration_q: tuple[Tensor, Tensor], concentration_p: tuple[Tensor | float, Tensor | float]) -> Tensor:
+    """Return ``KL(Beta(a_q, b_q) || Beta(a_p, b_p))`` elementwise."""
+    a, b = concentration_q
+    total = torch.digamma(a + b)
+    log_p, log_not = torch.digamma(a) - total, torch.digamma(b) - total  # expectations of log p and log(1 - p)
+    return beta_log_prob(log_p, log_not, concentration_q) - beta_log_prob(log_p, log_not, concentration_p)
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:

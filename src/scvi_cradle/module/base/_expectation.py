@@ -27,14 +27,20 @@ STEP_S = 0.2
 
 
 def expected_log1p_scaled(mu: np.ndarray, theta: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return ``E[log(1 + scale x)]`` for ``x ~ NB(mu, theta)``, elementwise over broadcast arguments (float64)."""
+    """Return ``E[log(1 + scale x)]`` for ``x ~ NB(mu, theta)``, elementwise over broadcast arguments (float64).
+
+    ``theta = inf`` is the Poisson distribution.
+    """
     mu, theta, scale = (np.asarray(a, dtype=np.float64) for a in (mu, theta, scale))
+    poisson = np.isinf(theta)
+    theta = np.where(poisson, 1.0, theta)
     low = -30.0 - math.log(max(1.0, float(scale.max()) * float(mu.max())))
     nodes = np.arange(low, 4.5, STEP_S)
     total = np.zeros(np.broadcast_shapes(mu.shape, theta.shape, scale.shape))
     for s in nodes:
         t = math.exp(s)
-        log_mgf = -theta * np.log1p(mu / theta * -np.expm1(-scale * t))
+        rate = mu * -np.expm1(-scale * t)
+        log_mgf = -np.where(poisson, rate, theta * np.log1p(rate / theta))
         total += -np.expm1(log_mgf) * math.exp(-t)
     return total * STEP_S
 
@@ -48,23 +54,26 @@ class LogNormalizedExpectation:
     Parameters
     ----------
     theta
-        Inverse dispersions, shape ``(n_genes,)``.
+        Inverse dispersions, shape ``(n_genes,)``; all infinite for Poisson counts.
     libraries
         Library sizes, shape ``(n_libraries,)``.
     """
 
     def __init__(self, theta: Tensor, libraries: np.ndarray) -> None:
         log_theta = theta.detach().cpu().double().log().numpy()
-        low, high = log_theta.min(), log_theta.max()
-        theta_grid = low + STEP_LOG_THETA * np.arange(math.ceil((high - low) / STEP_LOG_THETA) + 2)
+        if np.isinf(log_theta).all():
+            theta_grid, position = np.array([np.inf, np.inf]), np.zeros(len(log_theta))
+        else:
+            low, high = log_theta.min(), log_theta.max()
+            theta_grid = np.exp(low + STEP_LOG_THETA * np.arange(math.ceil((high - low) / STEP_LOG_THETA) + 2))
+            position = (log_theta - low) / STEP_LOG_THETA
         n_mu = math.ceil((math.log(max(libraries.max(), 1.0)) + 0.1 - LOG_MU_MIN) / STEP_LOG_MU) + 2
         log_mu = LOG_MU_MIN + STEP_LOG_MU * np.arange(n_mu)
         table = expected_log1p_scaled(
             np.exp(log_mu)[None, None],
-            np.exp(theta_grid)[None, :, None],
+            theta_grid[None, :, None],
             (COUNTS_PER_CELL / libraries)[:, None, None],
         ) / math.log(2)  # (n_libraries, n_theta, n_mu)
-        position = (log_theta - low) / STEP_LOG_THETA
         lower = np.floor(position).astype(int)
         share = (position - lower)[None, :, None]
         per_gene = table[:, lower] * (1 - share) + table[:, lower + 1] * share  # (n_libraries, n_genes, n_mu)

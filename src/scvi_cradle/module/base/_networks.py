@@ -70,19 +70,20 @@ class GaussianHead(nn.Module):
 
 
 class BasalEncoder(nn.Module):
-    """Posterior of the basal state, ``q(z_b | x, z_p, z_a)``: a residual perceptron over the concatenated inputs.
+    """Posterior of a cell's latent state, e.g. ``q(z_b | x, z_p, z_a)``: a residual perceptron over the concatenated inputs.
 
     Parameters
     ----------
     n_genes, n_latent, n_hidden, n_layers
         Sizes; ``n_layers`` is the number of hidden layers.
     offsets
-        Names of the latent inputs beside the expression (``"perturbation"``, ``"artifact"``); empty: mean field.
+        Width of the inputs beside the expression, by name (``"perturbation"``, ``"artifact"``, ``"dosage"``);
+        empty: mean field.
     """
 
-    def __init__(self, n_genes: int, n_latent: int, n_hidden: int, n_layers: int, offsets: tuple[str, ...]) -> None:
+    def __init__(self, n_genes: int, n_latent: int, n_hidden: int, n_layers: int, offsets: dict[str, int]) -> None:
         super().__init__()
-        self.first = SplitLinear({"x": n_genes} | dict.fromkeys(offsets, n_latent), n_hidden)
+        self.first = SplitLinear({"x": n_genes} | offsets, n_hidden)
         self.hidden = ResidualLayers(n_layers - 1, n_hidden)
         self.head = GaussianHead(n_hidden, n_latent)
 
@@ -94,7 +95,7 @@ class BasalEncoder(nn.Module):
         x_projected
             ``first.project("x", x)``, shape ``(n_cells, n_hidden)``.
         offsets
-            Projected latent inputs, each broadcasting to ``(n_particles, n_cells, n_hidden)``.
+            Projected further inputs, each broadcasting to ``(n_particles, n_cells, n_hidden)``.
         """
         hidden = x_projected + self.first.bias
         for offset in offsets:

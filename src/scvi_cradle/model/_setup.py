@@ -1,0 +1,140 @@
+"""Registration of data: one signature for all models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anndata import AnnData
+from mudata import MuData
+from scvi.model.base import BaseModelClass
+
+from scvi_cradle.data import SetupArguments, build_manager
+
+WITHOUT_ARTIFACT = ("artifact_key", "artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
+
+
+class SetupMixin(BaseModelClass):
+    """``setup_anndata`` and ``setup_mudata``.
+
+    A model states which arguments it cannot use, whether it needs QC flags, and whether it takes counts only.
+    """
+
+    _unused_keys: tuple[str, ...] = WITHOUT_ARTIFACT
+    _needs_artifact = False
+    _count_only = True
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        perturbation_key: str | None = None,
+        perturbation_obsm_key: str | None = None,
+        control: str | Sequence[str | None] = "control",
+        sep: str | None = "+",
+        layer: str | None = None,
+        artifact_key: str | None = None,
+        artifact_keys: Sequence[str] | None = None,
+        guide_counts_key: str | None = None,
+        guide_targets: Any = None,
+        cell_type_key: str | None = None,
+        batch_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register an AnnData; everything is checked before anything is written.
+
+        Writes only scvi-tools' own ``_scvi_*`` columns and uuids.
+
+        Parameters
+        ----------
+        adata
+            Raw counts (dense, CSR, CSC, backed); SAMSVAE also takes other finite values, for a Gaussian likelihood.
+        perturbation_key
+            Column of ``obs`` with labels such as ``"control"``, ``"KLF1"``, ``"KLF1+MAP2K6"``.
+        perturbation_obsm_key
+            Instead of labels: key of ``obsm`` with a cells x treatments matrix (0/1 or doses); a DataFrame, or an array
+            with names in ``uns[f"{perturbation_obsm_key}_names"]``; all-zero rows are controls.
+        control
+            Label or labels of control cells; ``None`` or ``""`` among them lets missing or empty labels be controls.
+        sep
+            Text between the treatments of a label; ``None``: labels are never split.
+        layer
+            Layer with the counts. Default ``X``.
+        artifact_key
+            Column of ``obs`` that is True (or 1) for cells that failed QC, e.g. from :func:`scvi_cradle.pp.qc_label`.
+            CradleVAE needs it; it is an error for models without an artifact, which can take the flag as one of the
+            ``categorical_covariate_keys``.
+        batch_key, categorical_covariate_keys, continuous_covariate_keys
+            Columns of ``obs`` that enter the decoder.
+        artifact_keys, guide_counts_key, guide_targets, cell_type_key
+            Not used by these models; an error when given.
+
+        Raises
+        ------
+        KeyError
+            If a key is not found.
+        ValueError
+            For anything that must not be trained on, in one sentence with the remedy.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        cls._register(adata, setup_method_args, **kwargs)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        *,
+        modalities: dict[str, str] | None = None,
+        perturbation_key: str | None = None,
+        perturbation_obsm_key: str | None = None,
+        control: str | Sequence[str | None] = "control",
+        sep: str | None = "+",
+        layer: str | None = None,
+        artifact_key: str | None = None,
+        artifact_keys: Sequence[str] | None = None,
+        guide_counts_key: str | None = None,
+        guide_targets: Any = None,
+        cell_type_key: str | None = None,
+        batch_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register a MuData; columns are looked up in the expression modality, then in the MuData itself.
+
+        Parameters
+        ----------
+        mdata
+            MuData with a modality of raw counts.
+        modalities
+            Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; this model uses ``"rna"``.
+        perturbation_key, perturbation_obsm_key, control, sep, layer, artifact_key
+            As in :meth:`setup_anndata`.
+        artifact_keys, guide_counts_key, guide_targets, cell_type_key
+            Not used by these models; an error when given.
+        batch_key, categorical_covariate_keys, continuous_covariate_keys
+            As in :meth:`setup_anndata`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As :meth:`setup_anndata`.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        cls._register(mdata, setup_method_args, modality=(modalities or {}).get("rna", "rna"), **kwargs)
+
+    @classmethod
+    def _register(cls, data: AnnData | MuData, setup_method_args: dict[str, Any], **kwargs: Any) -> None:
+        modality = kwargs.pop("modality", None)
+        arguments = SetupArguments.from_call(
+            cls.__name__,
+            setup_method_args["setup_args"],
+            unused=cls._unused_keys,
+            modality=modality,
+            needs_artifact=cls._needs_artifact,
+            count_only=cls._count_only,
+        )
+        cls.register_manager(build_manager(data, arguments, setup_method_args, **kwargs))
