@@ -123,7 +123,8 @@ class SAMSVAEModule(PerturbationModule):
             combine=combine,
             effect_path=effect_path,
         )
-        shape, start = (n_treatments, n_latent), {"init_logit": mask_init_logit, "temperature": gs_temperature}
+        shape = (n_treatments, n_latent)
+        start: dict[str, Any] = {"init_logit": mask_init_logit, "temperature": gs_temperature}
         mask: BernoulliMask | BetaBernoulliMask | None = None
         if mask_prior == "bernoulli":
             mask = BernoulliMask(*shape, prior_logit=mask_prior_logit, **start)
@@ -168,7 +169,7 @@ class SAMSVAEModule(PerturbationModule):
         n_particles, pairs = n_samples or self.n_particles, self.pairs(label, dosage)
         x_projected = self.encoder.first.project("x", self.standardize(x))  # (n, H), once for all particles
         draw = self.draw_effects(pairs, n_particles, sample=sample, effects=effects, generator=generator)
-        offsets = ()
+        offsets: tuple[Tensor, ...] = ()
         if self.sees_effects:  # each row is projected once, then summed per cell
             offsets = (draw.to_cells(self.encoder.first.project("perturbation", draw.rows), pairs),)  # (P, n, H)
         q_basal = posterior_of_cells(self.encoder, x_projected, offsets, n_particles)

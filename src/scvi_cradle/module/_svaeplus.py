@@ -87,7 +87,7 @@ class SVAEPlusModule(PerturbationModule):
             sampled_kl=kl == "sampled",
         )
         self.variant = variant
-        sizes = {"n_covariates": self.n_covariates, "likelihood": likelihood}
+        sizes: dict[str, Any] = {"n_covariates": self.n_covariates, "likelihood": likelihood}
         if variant == "lopez":
             self.encoder = BatchNormEncoder(n_genes, n_latent, n_hidden, n_layers_encoder)
             self.decoder = BatchNormDecoder(n_genes, n_latent, n_hidden, n_layers_decoder, **sizes)
@@ -144,7 +144,8 @@ class SVAEPlusModule(PerturbationModule):
         if self.variant == "sams":
             return super().global_shares(latent, pairs, inputs)
         treatments = torch.arange(self.n_treatments, device=latent.z_basal.device)
-        total = self.effects.mask.terms(treatments, None, sampled=False).kl.sum()
+        mask = self.effects.mask
+        total = mask.terms(treatments, mask.probability[None], sampled=False).kl.sum()
         return (total / self.n_train.clamp_min(1)).expand(1, pairs.n_cells)
 
     # ---- new cells, other interventions -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from scvi_cradle.module.base._networks import ResidualLayers, SplitLinear, activation
-from scvi_cradle.module.base._observation import LIKELIHOODS, Likelihood
+from scvi_cradle.module.base._observation import LIKELIHOODS
 
 PERTURBATION = "perturbation"
 
@@ -27,7 +27,7 @@ class OutputHead(nn.Module):
     def __init__(self, n_features: int, n_genes: int, likelihood: str) -> None:
         super().__init__()
         self.output = nn.Linear(n_features, n_genes)
-        self.likelihood: Likelihood = LIKELIHOODS[likelihood](n_genes)
+        self.likelihood = LIKELIHOODS[likelihood](n_genes)
 
     def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""

@@ -38,26 +38,22 @@ def straight_through_bernoulli(logits: Tensor, temperature: float = 1.0, generat
     return (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
 
 
-class BernoulliMask(nn.Module):
-    """``m ~ Bernoulli(alpha)`` with a free posterior ``q(m) = Bernoulli(sigmoid(logits))`` (SAMS-VAE, eqs. 1 and 4).
+class FreeMask(nn.Module):
+    """Masks with a free posterior ``q(m) = Bernoulli(sigmoid(logits))`` (SAMS-VAE, eq. 4).
 
     Parameters
     ----------
     n_treatments, n_latent
         Shape of the masks.
-    prior_logit
-        Log-odds of ``alpha``: the log-odds of a probability of 1e-40 are exact, the probability is not.
     init_logit
         Start of the posterior.
     temperature
         Temperature of the relaxed Bernoulli.
     """
 
-    def __init__(
-        self, n_treatments: int, n_latent: int, *, prior_logit: float, init_logit: float, temperature: float
-    ) -> None:
+    def __init__(self, n_treatments: int, n_latent: int, *, init_logit: float, temperature: float) -> None:
         super().__init__()
-        self.prior_logit, self.temperature = prior_logit, temperature
+        self.temperature = temperature
         self.logits = nn.Parameter(torch.full((n_treatments, n_latent), float(init_logit)))
 
     @property
@@ -70,9 +66,25 @@ class BernoulliMask(nn.Module):
         logits = self.logits[treatment].expand(n_particles, -1, -1)
         return straight_through_bernoulli(logits, self.temperature, generator)
 
-    def terms(
-        self, treatment: Tensor, mask: Tensor | None, *, sampled: bool, generator: Generator | None = None
-    ) -> MaskTerms:
+
+class BernoulliMask(FreeMask):
+    """``m ~ Bernoulli(alpha)`` (SAMS-VAE, eq. 1).
+
+    Parameters
+    ----------
+    n_treatments, n_latent, init_logit, temperature
+        As in :class:`FreeMask`.
+    prior_logit
+        Log-odds of ``alpha``: the log-odds of a probability of 1e-40 are exact, the probability is not.
+    """
+
+    def __init__(
+        self, n_treatments: int, n_latent: int, *, prior_logit: float, init_logit: float, temperature: float
+    ) -> None:
+        super().__init__(n_treatments, n_latent, init_logit=init_logit, temperature=temperature)
+        self.prior_logit = prior_logit
+
+    def terms(self, treatment: Tensor, mask: Tensor, *, sampled: bool, generator: Generator | None = None) -> MaskTerms:
         """Return the terms of rows, in closed form or at the drawn ``mask``."""
         logits = self.logits[treatment][None]
         value = mask if sampled else torch.sigmoid(logits)
@@ -85,7 +97,7 @@ class BernoulliMask(nn.Module):
         return MaskTerms(kl.sum(-1), log_prior.sum(-1))
 
 
-class BetaBernoulliMask(nn.Module):
+class BetaBernoulliMask(FreeMask):
     r"""``p ~ Beta(a, b)`` per entry, ``m ~ Bernoulli(p)`` (SAMS-VAE, App. A.2; sVAE+ with ``a = 1``).
 
     ``point=True``: ``q(p)`` is a point ``sigmoid(logits)`` and ``q(m) = Bernoulli(p)``; the Bernoulli terms cancel and
@@ -93,14 +105,12 @@ class BetaBernoulliMask(nn.Module):
 
     Parameters
     ----------
-    n_treatments, n_latent
-        Shape of the masks.
+    n_treatments, n_latent, init_logit, temperature
+        As in :class:`FreeMask`.
     concentration
         ``(a, b)``.
     point
         Kind of ``q(p)``.
-    init_logit, temperature
-        As in :class:`BernoulliMask`.
     """
 
     def __init__(
@@ -113,25 +123,15 @@ class BetaBernoulliMask(nn.Module):
         init_logit: float,
         temperature: float,
     ) -> None:
-        super().__init__()
-        self.concentration, self.point, self.temperature = concentration, point, temperature
-        self.logits = nn.Parameter(torch.full((n_treatments, n_latent), float(init_logit)))
+        super().__init__(n_treatments, n_latent, init_logit=init_logit, temperature=temperature)
+        self.concentration, self.point = concentration, point
         if not point:
             start = [math.log(math.expm1(c - CONCENTRATION_FLOOR)) for c in concentration]
             self.raw_concentration = nn.Parameter(
                 torch.tensor(start)[:, None, None].repeat(1, n_treatments, n_latent)
             )  # (2, T, D)
 
-    @property
-    def probability(self) -> Tensor:
-        """Posterior probability of every entry, shape ``(n_treatments, n_latent)``."""
-        return torch.sigmoid(self.logits)
-
-    draw = BernoulliMask.draw
-
-    def terms(
-        self, treatment: Tensor, mask: Tensor | None, *, sampled: bool, generator: Generator | None = None
-    ) -> MaskTerms:
+    def terms(self, treatment: Tensor, mask: Tensor, *, sampled: bool, generator: Generator | None = None) -> MaskTerms:
         """Return the terms of rows, in closed form or at draws."""
         logits = self.logits[treatment][None]
         if self.point:

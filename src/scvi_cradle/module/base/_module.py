@@ -32,7 +32,7 @@ class LatentDraw(NamedTuple):
     prior_mean
         Mean of the prior of that state, same shape (or 0); its standard deviation is 1.
     effects
-        Draw of the treatment effects, if the model has any.
+        :class:`EffectDraw` of the treatments, if the model has effects.
     z_perturbation
         Their sum per cell, shape ``(n_particles, n_cells, n_latent)``.
     """
@@ -40,8 +40,8 @@ class LatentDraw(NamedTuple):
     q_basal: Normal
     z_basal: Tensor
     prior_mean: Tensor | float = 0.0
-    effects: EffectDraw | None = None
-    z_perturbation: Tensor | None = None
+    effects: Any = None
+    z_perturbation: Any = None
 
 
 class PerturbationModule(BaseModuleClass):

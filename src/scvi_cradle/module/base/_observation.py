@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -13,23 +15,46 @@ RARE_GENE_SHARE = 1e-6
 STD_FLOOR = 1e-3
 
 
-class NegativeBinomialLikelihood(nn.Module):
-    """``x ~ NB(mean l (softmax(output) + 1e-8), inverse dispersion theta_g)``."""
+class Likelihood(nn.Module):
+    """An observation model; a subclass adds ``mean``, ``log_prob``, ``sample`` and ``initialize``."""
+
+    counts: bool
+    log_prob: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def weighted_log_prob(
+        self, x: Tensor, features: Tensor, layer: nn.Linear, library: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of ``log p(x)`` and, without gradient, its terms ``(n_particles, n_cells)``."""
+        value = self.log_prob(x, layer(features), library)
+        return (value * weight).sum(), value.detach()
+
+
+class CountLikelihood(Likelihood):
+    """Counts with mean ``l (softmax(output) + 1e-8)``."""
 
     counts = True
+    theta: Tensor
+
+    def mean(self, output: Tensor, library: Tensor) -> Tensor:
+        """Return expected counts, shape ``(..., n_cells, n_genes)``."""
+        return softmax_rates(output, library)
+
+    def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Start the output bias at the log mean gene shares, shape ``(n_genes,)``."""
+        layer.bias.data.copy_((gene_share + RARE_GENE_SHARE).log())
+
+
+class NegativeBinomialLikelihood(CountLikelihood):
+    """``x ~ NB(mean l (softmax(output) + 1e-8), inverse dispersion theta_g)``."""
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
 
     @property
-    def theta(self) -> Tensor:
+    def theta(self) -> Tensor:  # type: ignore[override]
         """Inverse dispersion of every gene, shape ``(n_genes,)``."""
         return self.log_theta.clamp(-LOG_THETA_BOUND, LOG_THETA_BOUND).exp()
-
-    def mean(self, output: Tensor, library: Tensor) -> Tensor:
-        """Return expected counts, shape ``(..., n_cells, n_genes)``."""
-        return softmax_rates(output, library)
 
     def log_prob(self, x: Tensor, output: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""
@@ -47,42 +72,25 @@ class NegativeBinomialLikelihood(nn.Module):
         rate = torch._standard_gamma(shape, generator=generator) * (mean / self.theta)
         return torch.poisson(rate, generator=generator)
 
-    def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
-        """Start the output bias at the log mean gene shares, shape ``(n_genes,)``."""
-        layer.bias.data.copy_((gene_share + RARE_GENE_SHARE).log())
 
-
-class PoissonLikelihood(nn.Module):
+class PoissonLikelihood(CountLikelihood):
     """``x ~ Poisson(l (softmax(output) + 1e-8))``."""
-
-    counts = True
-    theta: Tensor
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()
         self.register_buffer("theta", torch.full((n_genes,), torch.inf), persistent=False)  # no overdispersion
-
-    mean = NegativeBinomialLikelihood.mean
-    initialize = NegativeBinomialLikelihood.initialize
 
     def log_prob(self, x: Tensor, output: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x)`` summed over genes, shape ``(n_particles, n_cells)``."""
         mean = self.mean(output, library)
         return (torch.xlogy(x, mean) - mean - torch.lgamma(x + 1)).sum(-1)
 
-    def weighted_log_prob(
-        self, x: Tensor, features: Tensor, layer: nn.Linear, library: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of ``log p(x)`` and, without gradient, its terms."""
-        value = self.log_prob(x, layer(features), library)
-        return (value * weight).sum(), value.detach()
-
     def sample(self, mean: Tensor, generator: Generator) -> Tensor:
         """Draw counts."""
         return torch.poisson(mean, generator=generator)
 
 
-class GaussianLikelihood(nn.Module):
+class GaussianLikelihood(Likelihood):
     """``x ~ N(output, sigma_g^2)``, for values that are no counts; library sizes play no part."""
 
     counts = False
@@ -104,8 +112,6 @@ class GaussianLikelihood(nn.Module):
         """Return ``log p(x)`` summed over genes, shape ``(n_particles, n_cells)``."""
         return normal_log_prob(x, output, self.std).sum(-1)
 
-    weighted_log_prob = PoissonLikelihood.weighted_log_prob
-
     def sample(self, mean: Tensor, generator: Generator) -> Tensor:
         """Draw values."""
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -117,6 +123,8 @@ class GaussianLikelihood(nn.Module):
         self.log_std.data.copy_(std.log())
 
 
-LIKELIHOODS = {"nb": NegativeBinomialLikelihood, "poisson": PoissonLikelihood, "gaussian": GaussianLikelihood}
-
-Likelihood = NegativeBinomialLikelihood | PoissonLikelihood | GaussianLikelihood
+LIKELIHOODS: dict[str, type[NegativeBinomialLikelihood | PoissonLikelihood | GaussianLikelihood]] = {
+    "nb": NegativeBinomialLikelihood,
+    "poisson": PoissonLikelihood,
+    "gaussian": GaussianLikelihood,
+}
