@@ -55,8 +55,8 @@ def check_dosage(adata: AnnData, key: str) -> None:
         raise ValueError(msg)
 
 
-def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> None:
-    """Check that a query fits the training data before anything is written into it.
+def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> list[str]:
+    """Check that a query fits the training data before anything is written into it; return its canonical labels.
 
     Raises
     ------
@@ -83,6 +83,7 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> None:
     check = check_counts if holds_counts(x_registry["state_registry"]) else check_finite
     check(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
     state = registries[KEYS.PERTURBATION]["state_registry"]
+    categories: list[str] = []
     if state["from_dosage"]:
         key = registries[KEYS.DOSAGE]["data_registry"]["attr_key"]
         check_key(adata.obsm, key, "adata.obsm", "perturbation_obsm_key")
@@ -90,12 +91,14 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> None:
     else:
         check_key(adata.obs, state["original_key"], "adata.obs", "perturbation_key")
         labels = canonical_labels(adata.obs[state["original_key"]], label_rule(state))
-        label_table(state).extend(list(labels.categories), label_rule(state))
+        categories = list(labels.categories)
+        label_table(state).extend(categories, label_rule(state))
     if KEYS.ARTIFACT in registries:
         key = registries[KEYS.ARTIFACT]["state_registry"]["original_key"]
         check_key(adata.obs, key, "adata.obs", "artifact_key")
         as_flags(adata.obs[key], f"`obs[{key!r}]`", ARTIFACT_REMEDY)
     _check_categories(adata, registries)
+    return categories
 
 
 def _check_categories(adata: AnnData, registries: dict[str, Any]) -> None:

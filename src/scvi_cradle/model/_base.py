@@ -204,7 +204,7 @@ class LabelledModel(BaseModelClass):
         if getattr(data, "is_view", False):
             data = data.copy()
         if self._manager_of(data) is None:
-            check_query(data, self.registry_)
+            self._check_encoded(check_query(data, self.registry_))
         return super()._validate_anndata(data, copy_if_view=copy_if_view)
 
     def _manager_of(self, data: AnnData | MuData) -> Any:

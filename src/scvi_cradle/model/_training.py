@@ -51,7 +51,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         max_epochs
             Number of epochs. Default: those that ``1,200 (n / 3,000)^(1/3)`` steps take, at least 5 (for ``n`` training
             cells; 2,050 steps at 15,000 cells), and no more than scvi-tools' heuristic
-            (400 epochs at 20,000 cells or fewer, in inverse proportion above); 2,000 for the papers' presets.
+            (400 epochs at 20,000 cells or fewer, in inverse proportion above). The papers' presets: 2,000 epochs for
+            CradleVAE, 150,000 steps for the others.
         max_steps
             Number of optimiser steps, instead of ``max_epochs``.
         split_key
