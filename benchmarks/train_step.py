@@ -89,9 +89,9 @@ def make_ours(args: argparse.Namespace, batch: Batch) -> CradleVAEModule:
         **settings,
     )
     with torch.no_grad():
-        module.effects.mask_logits.normal_(0, 1)
+        module.effects.mask.logits.normal_(0, 1)
         module.artifact.posterior.loc.normal_(0, 1)
-        module.decoder.log_theta.normal_(0, 1)
+        module.decoder.likelihood.log_theta.normal_(0, 1)
         module.input_mean.copy_(torch.as_tensor(batch.moments[0]))
         module.input_std.copy_(torch.as_tensor(batch.moments[1]))
         module.n_obs_per_treatment.copy_(torch.as_tensor(batch.n_obs))
@@ -113,10 +113,10 @@ def parameter_map(ours: CradleVAEModule) -> dict[str, list[torch.Tensor]]:
     layers["decoder.layers.1"] = decoder.hidden.layers[0]
     found = {f"{k}.weight": [v.weight] for k, v in layers.items()} | {f"{k}.bias": [v.bias] for k, v in layers.items()}
     return found | {
-        "mask_logits": [ours.effects.mask_logits],
+        "mask_logits": [ours.effects.mask.logits],
         "u_mean": [ours.artifact.posterior.loc],
         "u_log_std": [ours.artifact.posterior.log_scale],
-        "log_theta": [decoder.log_theta],
+        "log_theta": [decoder.likelihood.log_theta],
         "embedding.layers.0.weight": [embedding.mask_layer.weight, embedding.treatment.T],
         "embedding.layers.0.bias": [embedding.mask_layer.bias],
         "encoder.layers.0.weight": [encoder.first.weights[k] for k in ("x", "perturbation", "artifact")],
@@ -133,7 +133,7 @@ def make_plain(args: argparse.Namespace, batch: Batch, ours: CradleVAEModule) ->
         args.latent,
         args.hidden,
         args.particles,
-        prior_logit=ours.effects.mask_prior_logit,
+        prior_logit=ours.effects.mask.prior_logit,
         cf_weight=ours.cf_weight,
         as_published=args.as_published,
     )

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from scvi_cradle.module.base import ArtifactLatent, Pairs, SparseEffects, straight_through_bernoulli
+from scvi_cradle.module.base import (
+    AmortizedEmbedding,
+    ArtifactLatent,
+    BernoulliMask,
+    FreeGaussian,
+    Pairs,
+    TreatmentEffects,
+    straight_through_bernoulli,
+)
 
 
 def generator(seed=0):
@@ -21,20 +29,12 @@ def pairs_of(dosage):
     return Pairs(cell, treatment, dosage[cell, treatment], len(dosage))
 
 
-def make_effects(n_treatments=3, n_latent=4, **settings):
+def make_effects(n_treatments=3, n_latent=4, *, amortized=False, sampled_kl=False):
     torch.manual_seed(0)
-    defaults = {
-        "mask_prior_logit": -2.0,
-        "embedding_prior_scale": 1.5,
-        "amortized": False,
-        "n_layers": 2,
-        "n_hidden": 6,
-        "mask_init_logit": 0.3,
-        "embedding_init_scale": 0.4,
-        "temperature": 1.0,
-        "sampled_kl": False,
-    }
-    effects = SparseEffects(n_treatments, n_latent, **(defaults | settings))
+    shape = (n_treatments, n_latent)
+    mask = BernoulliMask(*shape, prior_logit=-2.0, init_logit=0.3, temperature=1.0)
+    embedding = AmortizedEmbedding(*shape, 2, 6) if amortized else FreeGaussian(shape, 0.4)
+    effects = TreatmentEffects(mask, embedding, prior_scale=1.5, sampled_kl=sampled_kl)
     with torch.no_grad():
         for parameter in effects.parameters():
             parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator(1)))
@@ -44,24 +44,28 @@ def make_effects(n_treatments=3, n_latent=4, **settings):
 # ---- plate weights ----------------------------------------------------------------------------------------------------
 
 
+def weights(draw, n_treatments, pairs, n_obs):
+    """Weight of every treatment's divergence in every cell: the cells' shares when that divergence is one, others zero."""
+    one_hot = torch.nn.functional.one_hot(draw.treatment, n_treatments).T.float()  # (n_treatments, n_rows)
+    return draw._replace(kl=one_hot).shares(pairs, n_obs).T
+
+
 def test_plate_weights_of_the_specification():
     pairs, n_obs = pairs_of([[1, 0], [1, 1], [0, 0]]), torch.tensor([4.0, 2.0])
     effects = make_effects(2)
-    per_batch = effects.draw(pairs, 1, per_cell=False)
-    assert per_batch.treatment.tolist() == [0, 1]
-    assert per_batch.weights(pairs, n_obs).tolist() == [0.5, 0.5]
-    per_cell = effects.draw(pairs, 1, per_cell=True)
-    cells = np.zeros((3, 2))
-    cells[pairs.cell, per_cell.treatment] = per_cell.weights(pairs, n_obs)
-    assert cells.tolist() == [[0.25, 0.0], [0.25, 0.5], [0.0, 0.0]]
+    for per_cell in (False, True):
+        draw = effects.draw(pairs, 1, per_cell=per_cell)
+        cells = weights(draw, 2, pairs, n_obs)
+        assert cells.tolist() == [[0.25, 0.0], [0.25, 0.5], [0.0, 0.0]]
+        assert cells.sum(0).tolist() == [0.5, 0.5]
+    assert effects.draw(pairs, 1, per_cell=False).treatment.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("per_cell", [True, False])
 def test_doses_count_as_one_and_treatments_without_training_cells_as_zero(per_cell):
     pairs = pairs_of([[0.3, 2.0], [0.0, 5.0]])
     draw = make_effects(2).draw(pairs, 1, per_cell=per_cell)
-    weight = torch.zeros(2).index_add(0, draw.treatment, draw.weights(pairs, torch.tensor([0.0, 4.0])))
-    assert weight.tolist() == [0.0, 0.5]
+    assert weights(draw, 2, pairs, torch.tensor([0.0, 4.0])).tolist() == [[0.0, 0.25], [0.0, 0.25]]
 
 
 @pytest.mark.parametrize("per_cell", [True, False])
@@ -74,7 +78,7 @@ def test_weighted_divergence_summed_over_minibatches_is_the_plain_sum(per_cell):
     for rows in np.array_split(rng.permutation(53), 7):
         pairs = pairs_of(dosage[rows])
         draw = effects.draw(pairs, 3, per_cell=per_cell)
-        total += float((draw.kl.mean(0) * draw.weights(pairs, n_obs)).sum().detach())
+        total += float(draw.shares(pairs, n_obs).mean(0).sum().detach())
     every = effects.draw(pairs_of(np.eye(4)), 1, per_cell=False)
     assert total == pytest.approx(float(every.kl.sum().detach()), rel=1e-5)
 
@@ -100,7 +104,7 @@ def test_posterior_mean_draw_is_probability_times_location():
     pairs = pairs_of([[1, 0], [1, 1]])
     effects = make_effects(2)
     draw = effects.draw(pairs, 1, per_cell=True, sample=False)
-    expected = torch.sigmoid(effects.mask_logits) * effects.embedding.loc
+    expected = torch.sigmoid(effects.mask.logits) * effects.embedding.loc
     torch.testing.assert_close(draw.to_cells(draw.rows, pairs)[0], torch.stack([expected[0], expected.sum(0)]))
 
 
@@ -148,7 +152,7 @@ def test_a_batch_of_controls_draws_nothing(per_cell, amortized):
     draw = make_effects(2, amortized=amortized).draw(pairs, 2, per_cell=per_cell)
     assert draw.rows.shape == (2, 0, 4)
     assert draw.to_cells(draw.rows, pairs).abs().sum() == 0
-    assert (draw.kl.mean(0) * draw.weights(pairs, torch.ones(2))).sum() == 0
+    assert draw.shares(pairs, torch.ones(2)).tolist() == [[0.0] * 3] * len(draw.kl)
 
 
 # ---- divergences at the draws average to the closed form ---------------------------------------------------------------
@@ -182,10 +186,10 @@ def test_closed_form_divergence_of_the_network_posterior_enumerates_masks():
     """With two latent dimensions the expectation over the four masks can be summed."""
     effects = make_effects(1, 2, amortized=True)
     masks = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    q = torch.sigmoid(effects.mask_logits[0]).detach().double()
+    q = torch.sigmoid(effects.mask.logits[0]).detach().double()
     alpha = 1 / (1 + math.exp(2.0))
     probability = (q * masks + (1 - q) * (1 - masks)).prod(-1)
-    posterior = effects.embedding_posterior(torch.tensor([0]), masks[:, None])
+    posterior = effects.embedding(torch.tensor([0]), masks[:, None])
     mean, std = posterior.loc[:, 0].detach().double(), posterior.scale[:, 0].detach().double()
     gaussian = (torch.log(1.5 / std) + (std**2 + mean**2) / (2 * 1.5**2) - 0.5).sum(-1)
     expected = (q * (q / alpha).log() + (1 - q) * ((1 - q) / (1 - alpha)).log()).sum() + (probability * gaussian).sum()

@@ -19,7 +19,7 @@ LIBRARIES = np.array([300.0, 5_000.0, 60_000.0])
 
 def brute_force(mu, theta, scale):
     """``sum_x NB(x; mu, theta) log(1 + scale x)`` by the recursion of probabilities, to a tail below 1e-12."""
-    n = int(mu + 60 * math.sqrt(mu + mu**2 / theta) + 40 / math.log1p(theta / mu) + 50)
+    n = int(mu + 60 * math.sqrt(mu + mu**2 / theta) + 30 / math.log1p(theta / mu) + 50)
     x = np.arange(n)
     steps = np.log((x[:-1] + theta) / (x[:-1] + 1)) + math.log(mu / (mu + theta))
     log_p = -theta * math.log1p(mu / theta) + np.concatenate([[0.0], np.cumsum(steps)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from scvi_cradle.module.base import NegativeBinomialDecoder, _likelihood, fused_log_prob, negative_binomial_log_prob
+from scvi_cradle.module.base import Decoder, _likelihood, fused_log_prob, negative_binomial_log_prob
 from scvi_cradle.module.base import softmax_rates as rates
 
 
@@ -185,23 +185,25 @@ def test_extreme_logits_and_dispersions_stay_finite():
 
 # ---- decoder -----------------------------------------------------------------------------------------------------------
 
+PARTS = {"basal": 3, "perturbation": 3, "artifact": 3}
+
 
 @pytest.mark.parametrize("effect_path", ["linear", "decoder", "both"])
 @pytest.mark.parametrize("combine", ["concat", "sum"])
 def test_decoder_forms_agree(combine, effect_path):
     torch.manual_seed(0)
-    decoder = NegativeBinomialDecoder(7, 3, 5, 2, n_covariates=2, combine=combine, effect_path=effect_path).double()
+    decoder = Decoder(7, PARTS, 5, 2, n_covariates=2, combine=combine, effect_path=effect_path).double()
     with torch.no_grad():
-        decoder.log_theta.copy_(torch.linspace(-20, 20, 7))
-    assert decoder.theta.log().abs().max() <= 10 + 1e-12
+        decoder.likelihood.log_theta.copy_(torch.linspace(-20, 20, 7))
+    assert decoder.likelihood.theta.log().abs().max() <= 10 + 1e-12
     x = torch.poisson(torch.full((4, 7), 3.0)).double()
-    z = [torch.randn(2, 4, 3).double() for _ in range(3)]
+    z = {part: torch.randn(2, 4, 3).double() for part in PARTS}
     covariates = torch.randn(4, 2).double()
-    features = decoder.features_of(*z, covariates)
+    features = decoder.features_of(z, covariates)
     library, weight = x.sum(1, keepdim=True), torch.tensor([1.0, 0.5, 2.0, 0.0]).double()
     log_prob = decoder.log_prob(x, features, library)
-    mu = rates(decoder(*z, covariates), library)
-    torch.testing.assert_close(log_prob, negative_binomial_log_prob(x, mu, decoder.theta).sum(-1))
+    mu = rates(decoder(z, covariates), library)
+    torch.testing.assert_close(log_prob, negative_binomial_log_prob(x, mu, decoder.likelihood.theta).sum(-1))
     total, values = decoder.weighted_log_prob(x, features, library, weight)
     torch.testing.assert_close(values, log_prob)
     torch.testing.assert_close(total, (log_prob * weight).sum())
@@ -210,11 +212,11 @@ def test_decoder_forms_agree(combine, effect_path):
 @pytest.mark.parametrize("combine", ["concat", "sum"])
 def test_linear_effects_add_on_the_log_scale(combine):
     torch.manual_seed(0)
-    decoder = NegativeBinomialDecoder(7, 3, 5, 1, n_covariates=0, combine=combine, effect_path="linear")
+    decoder = Decoder(7, PARTS, 5, 1, n_covariates=0, combine=combine, effect_path="linear")
     z_basal, a, b = torch.randn(3, 1, 4, 3)
     none = torch.zeros(1, 4, 3)
     logits = {
-        name: decoder(z_basal, z, none, torch.zeros(4, 0))
+        name: decoder({"basal": z_basal, "perturbation": z, "artifact": none}, torch.zeros(4, 0))
         for name, z in (("0", none), ("a", a), ("b", b), ("ab", a + b))
     }
     torch.testing.assert_close(logits["ab"] - logits["0"], logits["a"] + logits["b"] - 2 * logits["0"])
