@@ -188,7 +188,7 @@ def test_a_batch_without_dose_or_flag_columns_trains():
 def counterfactual(module, tensors):
     outputs = module.inference(**module._get_inference_input(tensors))
     inputs = module._get_inference_input(tensors)
-    return module.counterfactual_kl(outputs["latent"], outputs["pairs"], inputs["label"], inputs["artifact"][:, 0])
+    return module.counterfactual_kl(outputs["latent"], outputs["pairs"], inputs)
 
 
 def test_eligible_are_passed_cells_of_labels_with_failed_cells():

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scvi import REGISTRY_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from torch import Generator, Tensor
 from torch.distributions import Normal
@@ -25,7 +24,6 @@ from scvi_cradle.module.base import (
     References,
     TreatmentEffects,
     gaussian_kl,
-    library_size,
     posterior_of_cells,
     sample_normal,
 )
@@ -310,41 +308,31 @@ class CradleVAEModule(PerturbationModule):
         n_obs: int = 1,
     ) -> LossOutput:
         """Return the negative ELBO per cell plus the weighted counterfactual term, averaged over the batch."""
-        x, latent, pairs = tensors[REGISTRY_KEYS.X_KEY], inference_outputs["latent"], inference_outputs["pairs"]
-        inputs = self._get_inference_input(tensors)
-        artifact = inputs["artifact"][:, 0]
-        n_particles, n_cells = latent.z_basal.shape[:2]
-        weight = self.reconstruction_weights(artifact)
-        weighted, log_prob = self.decoder.weighted_log_prob(
-            x, generative_outputs["features"], library_size(x), weight / (n_particles * n_cells)
-        )
-        kl_basal = self.kl_basal(latent).mean(0)  # (n,)
-        kl_global = self.global_shares(latent, pairs, inputs).mean(0)  # (n,)
-        counterfactual, eligible = self.counterfactual_kl(latent, pairs, inputs["label"], artifact)
+        output = super().loss(tensors, inference_outputs, generative_outputs, kl_weight=kl_weight, n_obs=n_obs)
+        latent, inputs = inference_outputs["latent"], self._get_inference_input(tensors)
+        counterfactual, eligible = self.counterfactual_kl(latent, inference_outputs["pairs"], inputs)
         cf_total = counterfactual.mean(0).sum()
-        cf = cf_total if self.cf_reduction == "sum" else cf_total / n_cells
-        loss = -weighted + kl_weight * (kl_basal + kl_global).mean() + self.cf_weight * cf
-        return LossOutput(
-            loss=loss,
-            reconstruction_loss=-log_prob.mean(0),
-            kl_local={"kl_basal": kl_basal.detach()},
-            kl_global=(kl_global.mean() * n_obs).detach(),  # unbiased for the whole data set
-            extra_metrics={
-                "kl_treatment": (kl_global - self._artifact_share(latent, artifact)).mean().detach(),
-                "kl_artifact": self._artifact_share(latent, artifact).mean().detach(),
-                "cf_kl": (cf_total / eligible.sum().clamp_min(1)).detach(),
-            },
+        output.loss = output.loss + self.cf_weight * (
+            cf_total if self.cf_reduction == "sum" else cf_total / len(eligible)
         )
+        kl_artifact = self._artifact_share(latent, inputs).mean().detach()
+        output.extra_metrics = {
+            "kl_treatment": output.extra_metrics["kl_treatment"] - kl_artifact,
+            "kl_artifact": kl_artifact,
+            "cf_kl": (cf_total / eligible.sum().clamp_min(1)).detach(),
+        }
+        return output
 
     def global_shares(self, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> Tensor:
         """Return what every cell carries of the global divergences: effects, and the artifact vector if it failed."""
-        return super().global_shares(latent, pairs, inputs) + self._artifact_share(latent, inputs["artifact"][:, 0])
+        return super().global_shares(latent, pairs, inputs) + self._artifact_share(latent, inputs)
 
-    def _artifact_share(self, latent: LatentDraw, artifact: Tensor) -> Tensor:
-        return latent.kl_artifact * artifact / self.n_failed.clamp_min(1)
+    def _artifact_share(self, latent: LatentDraw, inputs: dict[str, Any]) -> Tensor:
+        return latent.kl_artifact * inputs["artifact"][:, 0] / self.n_failed.clamp_min(1)
 
-    def reconstruction_weights(self, artifact: Tensor) -> Tensor:
+    def reconstruction_weights(self, inputs: dict[str, Any]) -> Tensor:
         """Return the weight of every cell in the reconstruction term, shape ``(n_cells,)``."""
+        artifact = inputs["artifact"][:, 0]
         if self.reconstruction_balance == "none":
             return torch.ones_like(artifact)
         if self.reconstruction_balance == "batch":
@@ -353,9 +341,7 @@ class CradleVAEModule(PerturbationModule):
         failed = (self.n_failed / self.n_train.clamp_min(1)).clamp(1e-6, 1 - 1e-6)
         return torch.where(artifact > 0, 0.5 / failed, 0.5 / (1 - failed))
 
-    def counterfactual_kl(
-        self, latent: LatentDraw, pairs: Pairs, label: Tensor, artifact: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def counterfactual_kl(self, latent: LatentDraw, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the divergence between reference and counterfactual basal states of eligible cells.
 
         Eligible is a cell that passed QC and whose label has a failed training cell.
@@ -364,7 +350,8 @@ class CradleVAEModule(PerturbationModule):
         -------
         The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
         """
-        x_projected, eligible = latent.x_projected, (artifact == 0) & self.references.available(label)
+        x_projected, label = latent.x_projected, inputs["label"]
+        eligible = (inputs["artifact"][:, 0] == 0) & self.references.available(label)
         if self.cf_weight == 0 or not self.sees_effects or not bool(eligible.any()):
             return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
         cells = eligible.nonzero()[:, 0]

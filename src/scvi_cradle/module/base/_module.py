@@ -192,6 +192,10 @@ class PerturbationModule(BaseModuleClass):
             return latent.z_basal.new_zeros(1, pairs.n_cells)
         return latent.effects.shares(pairs, self.n_obs_per_treatment, self.prior_weight_per_cell)
 
+    def reconstruction_weights(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the weight of every cell in the reconstruction term, shape ``(n_cells,)``."""
+        return torch.ones_like(inputs["x"][:, 0])
+
     def log_weights(
         self, tensors: dict[str, Tensor], outputs: dict[str, Any], features: Tensor, *, score_global: bool
     ) -> Tensor:
@@ -217,14 +221,15 @@ class PerturbationModule(BaseModuleClass):
         x, latent, pairs = tensors[REGISTRY_KEYS.X_KEY], inference_outputs["latent"], inference_outputs["pairs"]
         features = generative_outputs["features"]
         n_particles, n_cells = latent.z_basal.shape[:2]
+        inputs = self._get_inference_input(tensors)
         kl_basal = self.kl_basal(latent).mean(0)
-        shares = self.global_shares(latent, pairs, self._get_inference_input(tensors)).mean(0)  # (n,)
+        shares = self.global_shares(latent, pairs, inputs).mean(0)  # (n,)
         if self.objective == "iwelbo":
             log_weights = self.log_weights(tensors, inference_outputs, features, score_global=True)
             loss = -importance_weighted_bound(log_weights).mean()
             error = -(log_weights.mean(0) + shares + self.kl_basal(latent, sampled=True).mean(0)).detach()
         else:
-            weight = x.new_full((n_cells,), 1 / (n_particles * n_cells))
+            weight = self.reconstruction_weights(inputs) / (n_particles * n_cells)
             weighted, log_prob = self.decoder.weighted_log_prob(x, features, library_size(x), weight)
             loss = -weighted + kl_weight * (kl_basal + shares).mean()
             error = -log_prob.mean(0)
