@@ -39,7 +39,7 @@ class EffectsMixin(LabelledModel):
         expectation: Literal["exact", "sample"] = "exact",
         seed: int | None = None,
     ) -> AnnData:
-        """Return the average effect of every perturbation on artifact-free expression (SAMS-VAE, sec. 4).
+        """Return the average effect of every perturbation on artifact-free expression (SAMS-VAE, sec. 3.2).
 
         Parameters
         ----------

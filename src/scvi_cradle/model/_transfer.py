@@ -28,7 +28,7 @@ class TransferMixin(TrainingMixin):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Learn interventions that had no training cells, with everything else fixed (Lopez et al. 2023, sec. 5).
+        """Learn interventions that had no training cells, with everything else fixed (Lopez et al. 2023).
 
         Masks of seen interventions are rounded to 0 or 1 and fixed, networks and shifts trained on without the penalty
         on masks, and then the shifts of unseen interventions, with open masks, are fitted to their cells. Given the

@@ -27,7 +27,7 @@ from scvi_cradle.module.base import (
 
 
 class SVAEPlusModule(PerturbationModule):
-    r"""sVAE+ (Lopez et al. 2023; as compared in Bereket and Karaletsos 2023, sec. 3.3).
+    r"""sVAE+ (Lopez et al. 2023; as compared in Bereket and Karaletsos 2023, sec. 4).
 
     .. math::
         p_{td} \sim \mathrm{Beta}(1, K),\quad m_{td} \sim \mathrm{Bern}(p_{td}),\quad

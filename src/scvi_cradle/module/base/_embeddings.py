@@ -33,7 +33,7 @@ class FreeGaussian(nn.Module):
 
 
 class AmortizedEmbedding(nn.Module):
-    """``q(e_t | m_t) = N(f([m_t, onehot_t]))`` with a residual perceptron ``f`` (SAMS-VAE, App. A.4)."""
+    """``q(e_t | m_t) = N(f([m_t, onehot_t]))`` with a residual perceptron ``f`` (SAMS-VAE, sec. 2.3)."""
 
     def __init__(self, n_treatments: int, n_latent: int, n_layers: int, n_hidden: int) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ class BernoulliMask(FreeMask):
 
 
 class BetaBernoulliMask(FreeMask):
-    r"""``p ~ Beta(a, b)`` per entry, ``m ~ Bernoulli(p)`` (SAMS-VAE, App. A.2; sVAE+ with ``a = 1``).
+    r"""``p ~ Beta(a, b)`` per entry, ``m ~ Bernoulli(p)`` (SAMS-VAE, sec. 2.1; sVAE+ with ``a = 1``).
 
     ``point=True``: ``q(p)`` is a point ``sigmoid(logits)`` and ``q(m) = Bernoulli(p)``; the Bernoulli terms cancel and
     ``-log Beta(p; a, b)`` remains. ``point=False``: ``q(p)`` is a Beta distribution, ``q(m)`` a free Bernoulli.
