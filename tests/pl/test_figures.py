@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,6 @@ from scvi_cradle.metrics import evaluate
 
 mpl.use("Agg")
 REPORT = ["pearson_delta", "ate_pearson", "ate_r2", "jaccard_top_20"]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    """No figure stays open and no setting of matplotlib changes."""
-    before = dict(mpl.rcParams)
-    yield
-    plt.close("all")
-    assert dict(mpl.rcParams) == before
 
 
 def cells(n: int = 120, *, seed: int = 0, shift: float = 1.0) -> AnnData:

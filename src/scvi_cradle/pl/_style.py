@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # Okabe and Ito: told apart with any colour vision
@@ -24,6 +28,8 @@ FAIL = VERMILION
 GREY = "#666666"
 LIGHT = "#BBBBBB"
 DPI = 150
+MANY = tuple(mpl.colormaps["tab20"]([*range(14), *range(16, 20)]))  # colours of more groups; grey is for the others
+MAX_GROUPS = len(MANY)  # with a colour of their own
 MIN_LABELLED = 0.1  # share of the axis that a shaded part needs for its name
 NON_INTERACTIVE = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
 SETTINGS: dict[Any, Any] = {
@@ -40,6 +46,7 @@ SETTINGS: dict[Any, Any] = {
     "ytick.labelsize": 8.5,
 }
 
+Legend = list[tuple[str, Any]]  # names of groups with their colours
 AxesArgument = Axes | Sequence[Axes] | np.ndarray | None
 
 
@@ -157,3 +164,33 @@ def ticks(ax: Axes, which: str, *, log: bool) -> None:
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if high > 5:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def group_colours(column: pd.Series, stored: Any) -> tuple[np.ndarray, Legend]:
+    """Return the colour of every row as RGBA, of shape ``(n, 4)``, and the groups with their colours.
+
+    ``stored`` holds a colour for each category, as scanpy's ``uns[f"{key}_colors"]``, and is used where the numbers
+    agree. Missing values, and groups beyond the :data:`MAX_GROUPS` largest, are grey.
+    """
+    groups = column.astype("category").cat
+    names = [str(name) for name in groups.categories]
+    sizes = np.bincount(groups.codes[groups.codes >= 0], minlength=len(names))
+    largest = np.argsort(-sizes, kind="stable")[:MAX_GROUPS]
+    shown = [code for code in sorted(largest) if sizes[code]]
+    palette = list(PALETTE if len(shown) <= len(PALETTE) else MANY)
+    if stored is not None and len(stored) == len(names):
+        palette = [stored[code] for code in shown]
+    table = to_rgba_array([LIGHT] * (len(names) + 1))  # the last one for missing values, whose code is -1
+    table[shown] = to_rgba_array(palette[: len(shown)])
+    legend = [(names[code], table[code]) for code in shown]
+    codes = groups.codes.to_numpy()
+    if not np.isin(codes, shown).all():
+        legend.append(("others" if (sizes > 0).sum() > len(shown) else "none", table[-1]))
+    return table[codes], legend
+
+
+def group_legend(ax: Axes, legend: Legend, title: str, **place: Any) -> None:
+    """Add a legend with a square for every group; ``place`` goes to matplotlib."""
+    square = partial(Line2D, [], [], linestyle="", marker="s", markersize=6)
+    handles = [square(color=colour, label=name) for name, colour in legend]
+    ax.legend(handles=handles, title=title, handletextpad=0.2, columnspacing=1.0, borderaxespad=0.3, **place)
