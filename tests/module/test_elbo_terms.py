@@ -1,4 +1,4 @@
-"""Divergences and bounds against closed-form numbers (models.md: hand-computed) and float64 formulas."""
+"""Divergences and bounds against closed-form numbers (hand-computed) and float64 formulas."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
-from scvi_cradle.module.base import bernoulli_kl_logits, gaussian_kl, importance_weighted_bound
+from scvi_cradle.module.base import (
+    bernoulli_kl_logits,
+    beta_kl,
+    beta_log_prob,
+    gaussian_kl,
+    importance_weighted_bound,
+    normal_log_prob,
+)
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -38,10 +45,10 @@ def test_gaussian_divergence(mean_q, std_q, mean_p, std_p, expected):
     assert integral == pytest.approx(expected, abs=1e-8)
 
 
-def test_bernoulli_divergence_of_the_specification():
+def test_bernoulli_divergence_by_hand():
     kl = bernoulli_kl_logits(tensor(math.log(0.3 / 0.7)), math.log(0.01 / 0.99))
     assert kl.item() == pytest.approx(0.3 * math.log(0.3 / 0.01) + 0.7 * math.log(0.7 / 0.99), rel=1e-14)
-    assert kl.item() == pytest.approx(0.7777219880, abs=1e-9)  # the specification rounds 0.77772198884
+    assert kl.item() == pytest.approx(0.7777219888, abs=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -65,7 +72,61 @@ def test_equal_bernoullis_do_not_diverge():
     assert bernoulli_kl_logits(tensor(-4.6), -4.6).item() == pytest.approx(0.0, abs=1e-15)
 
 
-def test_importance_weighted_bound_of_the_specification():
+def test_normal_log_density_equals_scipy():
+    value, mean, std = tensor(-3.0, 0.0, 2.5), tensor(0.5, 0.0, -1.0), tensor(0.01, 1.0, 7.0)
+    expected = stats.norm.logpdf(value, mean, std)
+    np.testing.assert_allclose(normal_log_prob(value, mean, std), expected, rtol=1e-13)
+    np.testing.assert_allclose(normal_log_prob(value, 0.5, 2.0), stats.norm.logpdf(value, 0.5, 2.0), rtol=1e-13)
+
+
+# ---- Beta distributions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "expected"),
+    [(0.9, 2, -1.6094379124), (0.1, 2, 0.5877866649), (0.9, 10, -18.4206807440), (0.1, 10, 1.3543404521)],
+)
+def test_log_beta_density_of_one_and_k(q, k, expected):
+    """``log Beta(q; 1, K) = log K + (K - 1) log(1 - q)`` (Lopez et al. 2023)."""
+    value = beta_log_prob(tensor(math.log(q)), tensor(math.log1p(-q)), (1.0, float(k)))
+    assert value.item() == pytest.approx(expected, abs=1e-10)
+    assert value.item() == pytest.approx(math.log(k) + (k - 1) * math.log1p(-q), rel=1e-13)
+
+
+@pytest.mark.parametrize("concentration", [(1.0, 1.0), (0.3, 0.7), (1.0, 50.0), (20.0, 3.0)])
+def test_log_beta_density_equals_scipy(concentration):
+    q = np.array([1e-12, 1e-3, 0.2, 0.5, 0.97])
+    expected = stats.beta.logpdf(q, *concentration)
+    for c in (concentration, tuple(tensor(v).expand(5) for v in concentration)):
+        value = beta_log_prob(torch.as_tensor(np.log(q)), torch.as_tensor(np.log1p(-q)), c)
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("q", [(1.0, 1.0), (0.4, 0.6), (3.0, 1.5), (0.5, 40.0)])
+@pytest.mark.parametrize("p", [(1.0, 2.0), (1.0, 10.0), (0.5, 0.5), (6.0, 2.0)])
+def test_beta_divergence_equals_its_integral(q, p):
+    def integrand(s):  # over the log-odds s of the probability
+        log_p, log_not = special.log_expit(s), special.log_expit(-s)
+        log_q = q[0] * log_p + q[1] * log_not - special.betaln(*q)
+        log_prior = p[0] * log_p + p[1] * log_not - special.betaln(*p)
+        return np.exp(log_q) * (log_q - log_prior)
+
+    expected, _ = integrate.quad(integrand, -250, 250, points=[0.0], limit=500)
+    kl = beta_kl((tensor(q[0]), tensor(q[1])), p)
+    assert kl.item() == pytest.approx(expected, rel=1e-8, abs=1e-9)
+    assert kl.item() >= 0
+
+
+def test_equal_betas_do_not_diverge_and_slopes_are_those_of_differences():
+    a, b = tensor(2.5).requires_grad_(), tensor(0.7).requires_grad_()
+    assert beta_kl((a, b), (2.5, 0.7)).item() == pytest.approx(0.0, abs=1e-14)
+    assert torch.autograd.gradcheck(lambda a, b: beta_kl((a, b), (1.0, 4.0)), (a, b))
+
+
+# ---- importance-weighted bounds ----------------------------------------------------------------------------------------
+
+
+def test_importance_weighted_bound_of_two_particles():
     bound = importance_weighted_bound(tensor([-1.0, -2.0], [-3.0, -2.5]))  # two particles of two cells
     np.testing.assert_allclose(bound.numpy(), [-1.5662191695, -2.2190701964], atol=1e-10)
     assert bound.mean().item() == pytest.approx(-1.8926446829, abs=1e-10)
