@@ -253,18 +253,22 @@ def check_indices(indices: Sequence[int] | np.ndarray | None, data: AnnData | Mu
     Raises
     ------
     ValueError
-        If a position lies outside the data, or for positions of backed data that do not ascend.
+        If no cell is named, if a mask has another length than the data, if a position lies outside them, or for positions
+        of backed data that do not ascend.
     """
     n_obs = data.n_obs
     if indices is None:
         return np.arange(n_obs)
     positions = np.asarray(indices)
+    if positions.dtype == bool:
+        if len(positions) != n_obs:
+            msg = f"`indices` as a mask must have an entry for every cell; received {len(positions)} for {n_obs} cells."
+            raise ValueError(msg)
+        positions = np.flatnonzero(positions)
     if positions.size == 0:
         msg = "`indices` must name at least one cell; received none."
         raise ValueError(msg)
-    if positions.dtype == bool:
-        positions = np.flatnonzero(positions)
-    if len(positions) and (positions.min() < 0 or positions.max() >= n_obs):
+    if positions.min() < 0 or positions.max() >= n_obs:
         msg = f"`indices` must lie between 0 and {n_obs - 1}; received {positions.min()} to {positions.max()}."
         raise ValueError(msg)
     if getattr(data, "isbacked", False) and (np.diff(positions) < 0).any():
