@@ -136,6 +136,23 @@ def test_mask_gradient_is_that_of_the_relaxed_mask(temperature):
     assert ((masks > 0.5).detach().numpy() == (relaxed > 0.5)).all()
 
 
+@pytest.mark.parametrize("per_cell", [True, False])
+def test_effects_pass_gradients_to_masks_and_embeddings(per_cell):
+    """``d (e m) / d logit = e dr/dlogit`` with the relaxed mask ``r``, and ``d (e m) / d loc = m``."""
+    effects, pairs = make_effects().double(), pairs_of(np.eye(3))
+    draw = effects.draw(pairs, 5, per_cell=per_cell, generator=generator(8))
+    weight = torch.randn(draw.rows.shape, generator=generator(9), dtype=torch.float64)
+    leaves = (effects.mask.logits, effects.embedding.loc)
+    slope_mask, slope_loc = torch.autograd.grad((draw.rows * weight).sum(), leaves)
+    again, logits = generator(8), effects.mask.logits.detach()
+    uniform = torch.rand(draw.rows.shape, generator=again, dtype=torch.float64)
+    noise = torch.randn(draw.rows.shape, generator=again, dtype=torch.float64)
+    posterior, relaxed = effects.embedding(), torch.sigmoid(logits + uniform.logit())
+    embedding = (posterior.loc + posterior.scale * noise).detach()
+    torch.testing.assert_close(slope_mask, (weight * embedding * relaxed * (1 - relaxed)).sum(0))
+    torch.testing.assert_close(slope_loc, (weight * (relaxed > 0.5)).sum(0))
+
+
 def test_draws_survive_uniform_noise_at_its_ends(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.linspace(0, 1, shape[0]))
     logits = torch.zeros(5, requires_grad=True)

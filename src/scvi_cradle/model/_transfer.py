@@ -41,7 +41,9 @@ class TransferMixin(TrainingMixin):
             test cells of the model's split.
         max_epochs
             Epochs of the training with fixed masks (original: 300); 0 leaves the networks as they are.
-        batch_size, **kwargs
+        batch_size
+            Cells of a batch in these epochs; default: as in :meth:`train`.
+        **kwargs
             Further arguments of :meth:`train` for these epochs.
 
         Returns
