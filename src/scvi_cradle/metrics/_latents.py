@@ -15,7 +15,7 @@ from sklearn.linear_model import LinearRegression
 from scvi_cradle._validation import check_one_of, check_unique_names, preview
 from scvi_cradle.metrics._scores import unit_rows
 
-Mask: TypeAlias = AnnData | pd.DataFrame | ArrayLike
+Mask: TypeAlias = AnnData | pd.DataFrame | np.ndarray
 _LAYER = "mask_prob"
 _THRESHOLD = 0.5
 
@@ -99,7 +99,7 @@ def _match_latents(assignment: tuple[ArrayLike, ArrayLike], n_true: int, n_estim
 
 
 def mask_f1(
-    mask_true: Mask, mask_estimated: Mask, *, assignment: tuple[ArrayLike, ArrayLike] | None = None
+    mask_true: Mask, mask_estimated: Mask, *, assignment: tuple[np.ndarray, np.ndarray] | None = None
 ) -> dict[str, float]:
     r"""Compare an estimated mask with the true one after matching their columns.
 

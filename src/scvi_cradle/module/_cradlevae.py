@@ -263,7 +263,7 @@ class CradleVAEModule(PerturbationModule):
     # ---- new cells, other treatments --------------------------------------------------------------------------------
 
     def draw_globals(self, generator: Generator | None = None) -> dict[str, Any]:
-        """Draw all global variables once; the result is an argument of :meth:`inference`."""
+        """Draw all global variables once; the result is an argument of ``inference``."""
         vector = self.artifact.draw(1, 1, sampled_kl=True, generator=generator)
         return super().draw_globals(generator) | {"vector": vector}
 
