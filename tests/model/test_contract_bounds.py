@@ -41,7 +41,7 @@ def test_importance_weighted_bounds(case, trained, with_seed, monkeypatch):
     obs = trained.adata.obs.iloc[cells]
     control = (obs["perturbation"] == "control").to_numpy()
     if case.artifact:
-        control &= ~obs["artifact"].to_numpy()
+        control = control & ~obs["artifact"].to_numpy()
     globals_ = case.latent_effects and case.settings.get("variant") != "lopez"  # there every cell carries a share
     assert ((plain != scored)[~control].mean() > 0.8) == case.latent_effects
     if globals_:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
@@ -140,6 +141,23 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},
         )
         self.init_params_ = self._get_init_params(locals())
+
+    def reset_masks(self) -> None:
+        """Put the masks back to where they started (``mask_init_logits``) and keep everything else.
+
+        Masks that close before the networks have learnt what a dimension means hardly reopen: the gradient of a closed
+        entry vanishes. Training, resetting the masks and training again, three or four times, recovered the masks of
+        the simulation of appendix A.5 of the paper where one training of the same length did not.
+
+        Examples
+        --------
+        >>> model.train(lr=1e-2)
+        >>> for _ in range(3):
+        ...     model.reset_masks()
+        ...     model.train(lr=1e-2)
+        """
+        with torch.no_grad():
+            self.module.effects.mask.logits.fill_(self._architecture["mask_init_logits"])
 
 
 def check_likelihood(likelihood: str, is_counts: bool) -> None:  # noqa: FBT001

@@ -125,6 +125,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
             **(trainer | kwargs),
         )
+        self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)

@@ -48,7 +48,7 @@ class TransferMixin(TrainingMixin):
 
         Returns
         -------
-        Labels that were learnt; they can be asked for like seen ones.
+        Labels that were learnt; they can be asked for like seen ones until the model is trained again.
 
         Raises
         ------
@@ -81,8 +81,11 @@ class TransferMixin(TrainingMixin):
         opened[torch.as_tensor(unseen, device=opened.device)] = True
         with torch.no_grad():
             mask.logits.copy_(torch.where(opened, OPEN_LOGIT, -OPEN_LOGIT))
-        mask.logits.requires_grad = False
-        self.module.global_weight = 0.0
+        self.module.global_weight.zero_()
+
+    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
+        super()._learn_from_training_cells(train_indices)
+        self.module.effects.mask.logits.requires_grad = bool(self.module.global_weight > 0)  # also in a loaded model
 
     @torch.inference_mode()
     def _fit_shifts(self, data: AnnData, positions: np.ndarray, treatment: np.ndarray, unseen: np.ndarray) -> None:

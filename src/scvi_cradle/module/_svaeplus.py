@@ -55,6 +55,8 @@ class SVAEPlusModule(PerturbationModule):
         As in :class:`SAMSVAEModule`.
     """
 
+    global_weight: Tensor
+
     def __init__(
         self,
         n_genes: int,
@@ -108,7 +110,7 @@ class SVAEPlusModule(PerturbationModule):
             prior_scale=1.0,
             sampled_kl=self.sampled_kl,
         )
-        self.global_weight = 1.0
+        self.register_buffer("global_weight", torch.ones(()))  # 0 once a transfer has fixed the masks
 
     @auto_move_data
     def inference(
