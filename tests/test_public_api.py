@@ -17,7 +17,7 @@ SOURCE = CHECKOUT / "src" / PACKAGE
 PAGES = CHECKOUT / "docs" / "api"
 PUBLIC = ("pp", "metrics", "baselines", "datasets", "model", "module", "pl", "benchmark")
 SUBPACKAGES = [name for name in PUBLIC if (SOURCE / name / "__init__.py").is_file()]
-# signatures that follow a formula or the words of the specification
+# signatures that follow a formula or the words of a paper
 MORE_POSITIONALS = {"block_r2", "gaussian_kl", "simulate_perturbseq", "simulate_sams", "simulate_scm", "simulate_svae"}
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -233,13 +234,35 @@ def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, *
             check_positive(name, architecture[name], allow_zero=True)
     if "mask_prior_prob" in architecture:
         check_probability("mask_prior_prob", architecture["mask_prior_prob"])
-    if mask_prior_logit is not None and not math.isfinite(mask_prior_logit):
-        msg = f"`mask_prior_logit` must be finite; received {mask_prior_logit!r}."
-        raise ValueError(msg)
+    _check_finite("mask_prior_logit", mask_prior_logit)
+    _check_finite("mask_init_logits", architecture.get("mask_init_logits"))
     if "mask_beta" in architecture:
         _check_beta(architecture["mask_beta"])
     if architecture.get("prior_weight_per_cell") and architecture["mask_prior"] != "bernoulli":
         msg = f"`prior_weight_per_cell` weighs a Bernoulli prior; received mask_prior={architecture['mask_prior']!r}: leave it at 0."
+        raise ValueError(msg)
+
+
+def check_mask_prior(kind: str, given: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an argument of the other prior of masks, and for a prior given twice."""
+    unused = {
+        "bernoulli": ("mask_beta", "mask_prob_posterior"),
+        "beta_bernoulli": ("mask_prior_prob", "mask_prior_logit"),
+    }
+    for name in unused[kind]:
+        if given.get(name) is not None:
+            msg = f"`{name}` has no meaning with mask_prior={kind!r}; received {given[name]!r}: leave it out."
+            raise ValueError(msg)
+    if given.get("mask_prior_prob") is not None and given.get("mask_prior_logit") is not None:
+        msg = f"The prior of masks is given once; received mask_prior_prob={given['mask_prior_prob']!r} and mask_prior_logit={given['mask_prior_logit']!r}: leave one out."
+        raise ValueError(msg)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        msg = f"`{name}` must be a finite number; received {value!r}."
         raise ValueError(msg)
 
 

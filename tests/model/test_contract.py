@@ -137,14 +137,13 @@ def test_unseen_combinations_are_predicted_or_refused_with_the_reason(case, trai
         assert list(cells.obs["seen"]) == ["seen"] * 3 + ["unseen combination"] * 3
         assert list(trained.get_average_treatment_effects([label], n_particles=5).obs_names) == [label]
         return
-    error, reason = (ValueError, "none in the training split") if label == HELD_OUT else (NotImplementedError, "unseen")
     calls = (
         lambda: trained.get_generated_expression([label]),
         lambda: trained.get_average_treatment_effects([label]),
         lambda: trained.get_counterfactual_expression(indices=CELLS[:1], perturbation=label),
     )
     for call in calls:
-        with pytest.raises(error, match=reason):
+        with pytest.raises(NotImplementedError, match="cannot predict"):
             call()
 
 
@@ -296,7 +295,7 @@ def test_latent_effects_or_the_reason(case, trained):
 def test_evaluation_is_a_table_with_baseline_and_ceiling(case, trained):
     train = trained.adata.obs["split"] != "test"
     if not case.combines:
-        with pytest.raises(ValueError, match="none in the training split"):
+        with pytest.raises(NotImplementedError, match="cannot predict"):
             trained.evaluate(n_samples=10, n_bootstrap=0)
     indices = None if case.combines else np.flatnonzero(train)
     table = trained.evaluate(indices=indices, n_samples=30, n_bootstrap=5, seed=0)

@@ -131,8 +131,9 @@ def test_values_other_than_counts_are_refused(case, shared_screen):
     ],
     ids=["order", "missing", "treatment", "batch", "values"],
 )
-def test_a_query_that_does_not_fit_is_refused_and_left_alone(trained, shared_screen, change, message):
-    query = change(shared_screen[:30].copy())
+@pytest.mark.parametrize("registered", [False, True], ids=["other data", "copy of the model's data"])
+def test_a_query_that_does_not_fit_is_refused_and_left_alone(trained, shared_screen, change, message, registered):
+    query = change((trained.adata if registered else shared_screen)[:30].copy())
     before = content(query)
     for call in (trained.get_latent_representation, trained.get_counterfactual_expression, trained.get_elbo):
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -41,9 +41,9 @@ def fit(n, logit, rounds, with_seed):
 
 @pytest.mark.slow
 def test_the_rule_of_fixed_sparsity_recovers_masks_and_a_fixed_prior_gives_denser_ones(with_seed):
-    density, scores = fit(50, LOGIT_PER_CELL * 50, 4, with_seed)
+    density, scores = fit(50, LOGIT_PER_CELL * 50, 3, with_seed)
     assert scores["f1"] > 0.9
     assert density == pytest.approx(MASK_PROB, abs=0.06)
     odds = np.log(MASK_PROB / (1 - MASK_PROB))
-    few, many = (fit(n, odds, 1, with_seed)[0] for n in (20, 150))
+    few, many = (fit(n, odds, 3, with_seed)[0] for n in (20, 150))
     assert density + 0.1 < few < many - 0.05

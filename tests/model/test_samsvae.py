@@ -134,7 +134,13 @@ def test_the_papers_settings_train(shared_screen, model):
         (SAMSVAE, {"mask_prior": "beta"}, ValueError, "`mask_prior` must be one of"),
         (SAMSVAE, {"mask_prior": "none"}, ValueError, "`mask_prior` must be one of"),
         (SAMSVAE, {"mask_prior_prob": 0.0}, ValueError, "strictly between 0 and 1"),
-        (SAMSVAE, {"mask_prior_logit": float("nan")}, ValueError, "must be finite"),
+        (SAMSVAE, {"mask_prior_logit": float("nan")}, ValueError, "must be a finite number"),
+        (SAMSVAE, {"mask_prior_logit": "x"}, ValueError, "must be a finite number"),
+        (SAMSVAE, {"mask_init_logits": float("inf")}, ValueError, "`mask_init_logits` must be a finite number"),
+        (SAMSVAE, {"mask_prior_prob": 0.1, "mask_prior_logit": -2.0}, ValueError, "given once"),
+        (SAMSVAE, {"mask_prior": "beta_bernoulli", "mask_prior_prob": 0.1}, ValueError, "has no meaning"),
+        (SAMSVAE, {"mask_beta": (1.0, 3.0)}, ValueError, "has no meaning"),
+        (CradleVAE, {"mask_prior_prob": 0.1, "mask_prior_logit": -2.0}, ValueError, "given once"),
         (SAMSVAE, {"mask_beta": (1.0, 0.0)}, ValueError, "two positive numbers"),
         (SAMSVAE, {"mask_beta": 3.0}, ValueError, "two positive numbers"),
         (SAMSVAE, {"mask_prob_posterior": "gamma"}, ValueError, "`mask_prob_posterior` must be one of"),
@@ -158,7 +164,7 @@ def test_the_papers_settings_train(shared_screen, model):
 )
 def test_bad_architecture_is_refused(shared_screen, model, arguments, error, message):
     adata = shared_screen.copy()
-    model.setup_anndata(adata, **KEYS)
+    model.setup_anndata(adata, **KEYS, **({"artifact_key": "artifact"} if model is CradleVAE else {}))
     with pytest.raises(error, match=message):
         model(adata, **arguments)
 
@@ -232,14 +238,24 @@ def test_without_combinations_unique_is_additive(shared_screen, with_seed, model
 # ---- masks --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask_prior", ["bernoulli", "beta_bernoulli"])
-def test_masks_can_be_put_back_to_their_start(shared_screen, mask_prior):
-    model = fit(shared_screen.copy(), mask_init_logits=2.0, mask_prior=mask_prior)
+@pytest.mark.parametrize(
+    "prior",
+    [
+        {"mask_prior": "bernoulli"},
+        {"mask_prior": "beta_bernoulli", "mask_beta": (1.5, 4.0)},
+        {"mask_prior": "beta_bernoulli", "mask_beta": (1.5, 4.0), "mask_prob_posterior": "beta"},
+    ],
+    ids=["bernoulli", "point", "beta"],
+)
+def test_masks_can_be_put_back_to_their_start(shared_screen, prior):
+    start = build(shared_screen.copy(), mask_init_logits=2.0, **prior).module.effects.mask.state_dict()
+    model = fit(shared_screen.copy(), mask_init_logits=2.0, **prior)
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     assert not np.allclose(model.get_perturbation_effects().layers["mask_prob"], 1 / (1 + np.exp(-2.0)))
     model.reset_masks()
     np.testing.assert_allclose(model.get_perturbation_effects().layers["mask_prob"], 1 / (1 + np.exp(-2.0)), rtol=1e-6)
     after = model.module.state_dict()
-    assert [k for k in after if not torch.equal(after[k], before[k])] == ["effects.mask.logits"]
+    assert all(torch.equal(after[f"effects.mask.{k}"], v) for k, v in start.items())
+    assert {k for k in after if not torch.equal(after[k], before[k])} == {f"effects.mask.{k}" for k in start}
     model.train(max_epochs=1, split_key="split", enable_progress_bar=False)
     assert not np.allclose(model.get_perturbation_effects().layers["mask_prob"], 1 / (1 + np.exp(-2.0)))

@@ -104,6 +104,18 @@ def test_before_the_transfer_held_out_interventions_are_errors(model, held_out):
     assert not set(held_out) & set(model.get_generated_expression(n_samples=1).obs["perturbation"])
 
 
+def test_unseen_combinations_are_refused_with_the_reason(shared_screen, with_seed):
+    adata = shared_screen.copy()
+    held_out = adata.obs["perturbation"].astype(str).str.contains("+", regex=False)
+    adata.obs["split"] = np.where(held_out, "test", "train")
+    model = fit(adata, with_seed, 3)
+    for label in ("G01+G02", "G01+G03"):  # held out, and not in the data
+        with pytest.raises(NotImplementedError, match="cannot predict"):
+            model.get_generated_expression(label)
+    with pytest.raises(NotImplementedError, match="or `transfer_to_unseen` with cells of it"):
+        model.evaluate()
+
+
 def test_after_the_transfer_their_effects_are_those_of_the_simulation(transferred, simulated, held_out):
     assert transferred.learnt == held_out
     effects = transferred.get_average_treatment_effects(held_out, seed=0)
@@ -172,6 +184,16 @@ def test_transfer_without_epochs_leaves_the_networks(simulated, held_out, with_s
         model.get_generated_expression(held_out[1:])
     with pytest.raises(ValueError, match="of seen ones only"):
         model.transfer_to_unseen(indices=[0, 1], max_epochs=0)
+
+
+def test_a_transfer_that_fails_leaves_the_model_as_it_was(simulated, with_seed):
+    model = fit(simulated.copy(), with_seed, 3)
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    with pytest.raises(TypeError):
+        model.transfer_to_unseen(max_epochs=1, no_such_argument=1)
+    assert all(torch.equal(before[k], v) for k, v in model.module.state_dict().items())
+    model.train(max_steps=3, split_key="split", enable_progress_bar=False)
+    assert not torch.equal(before["effects.mask.logits"], model.module.effects.mask.logits)  # they still learn
 
 
 def test_an_untrained_model_cannot_transfer(simulated):

@@ -139,7 +139,7 @@ def test_frozen_masks_cost_nothing(variant, tape):
     outputs = module.inference(**module._get_inference_input(tensors))
     inputs = module._get_inference_input(tensors)
     assert module.global_shares(outputs["latent"], outputs["pairs"], inputs).abs().sum() > 0.1
-    module.global_weight = 0.0
+    module.global_weight.zero_()
     assert module.global_shares(outputs["latent"], outputs["pairs"], inputs).abs().sum() == 0
 
 

@@ -50,7 +50,7 @@ def weights(draw, n_treatments, pairs, n_obs):
     return draw._replace(kl=one_hot).shares(pairs, n_obs).T
 
 
-def test_plate_weights_of_the_specification():
+def test_plate_weights_count_a_treatment_once():
     pairs, n_obs = pairs_of([[1, 0], [1, 1], [0, 0]]), torch.tensor([4.0, 2.0])
     effects = make_effects(2)
     for per_cell in (False, True):
@@ -106,6 +106,26 @@ def test_posterior_mean_draw_is_probability_times_location():
     draw = effects.draw(pairs, 1, per_cell=True, sample=False)
     expected = torch.sigmoid(effects.mask.logits) * effects.embedding.loc
     torch.testing.assert_close(draw.to_cells(draw.rows, pairs)[0], torch.stack([expected[0], expected.sum(0)]))
+
+
+def test_summary_of_the_network_posterior_has_the_moments_of_draws():
+    """Moments over masks, the variance of the mean over masks included; posterior means of cells are the same numbers."""
+    effects = make_effects(amortized=True)
+    with torch.no_grad():
+        effects.embedding.mask_layer.weight.mul_(4)  # an embedding that depends on its mask
+        rows, n = torch.arange(3), 40_000
+        mask = effects.mask.draw(rows, n, generator(2))
+        posterior = effects.embedding(rows, mask)
+        embedding = posterior.loc + posterior.scale * torch.randn(posterior.loc.shape, generator=generator(3))
+        found, tolerance = effects.summary(rows), {"rtol": 0.0, "atol": 4 * embedding.std().item() / math.sqrt(128)}
+        assert posterior.loc.std(0).max() > 0.3
+        torch.testing.assert_close(found["expected"], (mask * embedding).mean(0), **tolerance)
+        torch.testing.assert_close(found["embedding_mean"], embedding.mean(0), **tolerance)
+        torch.testing.assert_close(found["embedding_std"], embedding.std(0), rtol=0.15, atol=0.0)
+        assert ((posterior.variance.mean(0).sqrt() - embedding.std(0)).abs() > 0.15 * embedding.std(0)).any()
+        pairs = pairs_of([[0, 1, 0], [1, 0, 0]])
+        draw = effects.draw(pairs, 1, per_cell=True, sample=False)
+        torch.testing.assert_close(draw.rows[0, draw.row_of_pair], found["expected"][[1, 0]])
 
 
 def test_masks_are_exactly_zero_or_one():

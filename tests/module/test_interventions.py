@@ -100,8 +100,6 @@ def total_divergence(module, labels):
     if effects.mask is not None:
         terms = effects.mask.terms(rows, None, sampled=False)
         total = terms.kl.double().sum().item()
-        weight = module.prior_weight_per_cell * module.n_obs_per_treatment
-        total -= (weight * terms.log_prior[0]).double().sum().item()
     if hasattr(effects.embedding, "log_scale"):
         mean, std = effects.embedding.loc.double(), effects.embedding.log_scale.double().exp() + 1e-4
         total += (0.5 * (std**2 + mean**2 - 1) - std.log()).sum().item()
@@ -223,7 +221,7 @@ def test_another_treatment_exchanges_the_effect_and_keeps_the_cell(kind):
     outputs, target = infer(module, make_tensors(labels)), module.pairs(torch.as_tensor(targets))
     parts = module.intervene(outputs["latent"], outputs["pairs"], target, generator=generator())
     assert torch.equal(parts["basal"], outputs["latent"].z_basal)
-    effect = module.effects.summary(3, generator(1))["expected"].detach()
+    effect = module.effects.summary(torch.arange(3))["expected"].detach()
     expected = torch.stack([effect[MEMBERS[t][MEMBERS[t] >= 0]].sum(0) for t in targets])
     torch.testing.assert_close(parts["perturbation"][0].detach(), expected, atol=10 * width(module), rtol=1e-5)
     assert (parts["perturbation"][0, 1] == 0).all()  # control
@@ -265,7 +263,7 @@ def test_new_cells_have_the_prior_moments(kind):
         effect = torch.zeros(N_LATENT)
         assert (parts["dosage"] == torch.tensor([1.0, 0, 0])).all()
     else:
-        effect = module.effects.summary(3, generator(2))["expected"][0].detach()
+        effect = module.effects.summary(torch.arange(3))["expected"][0].detach()
     moved = sum(parts[k] for k in ("basal", "perturbation") if k in parts).detach() - noise
     torch.testing.assert_close(moved[0], effect.expand(n, -1), atol=10 * width(module), rtol=1e-5)
 

@@ -191,8 +191,8 @@ def test_prior_weight_per_cell_adds_the_cross_entropy_of_every_cell(sampled, per
     cell, treatment = dosage.nonzero(as_tuple=True)
     pairs, n_obs = Pairs(cell, treatment, dosage[cell, treatment], 12), torch.tensor([5.0, 7.0]).double()
     draw = effects.draw(pairs, 4, per_cell=per_cell, generator=generator(5))
-    plain, heavy = draw.shares(pairs, n_obs), draw.shares(pairs, n_obs, w)
-    difference = (heavy - plain).detach()
+    plain, difference = draw.shares(pairs, n_obs), -w * draw.log_priors(pairs, n_obs).detach()
+    heavy = plain + difference
     extra = torch.zeros(difference.shape[0], 12, dtype=torch.float64)
     extra.index_add_(1, cell, -w * draw.log_prior.detach()[:, draw.row_of_pair])
     torch.testing.assert_close(difference, extra, rtol=1e-12, atol=1e-12)
@@ -214,4 +214,5 @@ def test_prior_weight_spares_treatments_without_training_cells():
     effects = TreatmentEffects(bernoulli(), FreeGaussian((2, 3), 0.4), prior_scale=1.0, sampled_kl=False)
     pairs = Pairs(torch.tensor([0]), torch.tensor([1]), torch.ones(1), 1)
     draw = effects.draw(pairs, 1, per_cell=True)
-    assert draw.shares(pairs, torch.tensor([4.0, 0.0]), 0.5).tolist() == [[0.0]]
+    n_obs = torch.tensor([4.0, 0.0])
+    assert draw.shares(pairs, n_obs).tolist() == draw.log_priors(pairs, n_obs).tolist() == [[0.0]]

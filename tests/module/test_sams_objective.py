@@ -146,12 +146,13 @@ class Equations:
         return mask * embedding, kl, log_prior
 
     def cell(self, p, i):
-        """``log p(x)``, divergence of ``z_b``, its value at the draw, share of the global terms."""
-        z_p, share = np.zeros(N_LATENT), 0.0
+        """``log p(x)``, divergence of ``z_b``, its value at the draw, share of the global terms, extra weight of priors."""
+        z_p, share, extra = np.zeros(N_LATENT), 0.0, 0.0
         for t in np.flatnonzero(self.dosage[i]):
             effect, kl, log_prior = self.effect(p, i, t)
             z_p = z_p + self.dosage[i, t] * effect
-            share += kl / COUNTS_OF[t] - self.s["prior_weight_per_cell"] * log_prior
+            share += kl / COUNTS_OF[t]
+            extra -= self.s["prior_weight_per_cell"] * log_prior
         sees = self.s["posterior"] in ("correlated", "correlated_basal")
         log = self.s["likelihood"] != "gaussian"
         mean, std = self.nets.encode(self.x[i], {"perturbation": z_p} if sees else {}, log=log)
@@ -161,7 +162,7 @@ class Equations:
         log_prob = self.nets.log_likelihood(self.x[i], output, self.s["likelihood"])
         at_draw = np.sum(stats.norm.logpdf(z_b, mean, std) - stats.norm.logpdf(z_b))
         kl_basal = at_draw if self.s["kl"] == "sampled" else self.nets.kl_normal(mean, std, 0, 1)
-        return log_prob, kl_basal, at_draw, share
+        return log_prob, kl_basal, at_draw, share, extra
 
     def terms(self):
         """Terms of all particles and cells, each of shape ``(n_particles, n_cells)``."""
@@ -187,10 +188,11 @@ def check(settings, networks, tape, *, objective="elbo", dosage=None):
     at_draws = objective == "iwelbo" or settings.get("kl") == "sampled"
     dosage = dosage_of(LABEL) if dosage is None else dosage
     equations = Equations(networks(module), settings, tape, tensors, dosage, at_draws=at_draws)
-    log_prob, kl_basal, at_draw, share = equations.terms()
-    loss = np.mean(-log_prob + 0.6 * (kl_basal + share))
+    log_prob, kl_basal, at_draw, share, extra = equations.terms()
+    loss = np.mean(-log_prob + 0.6 * (kl_basal + share + extra))
     if objective == "iwelbo":  # the global terms of a cell are part of its weight
-        loss = -np.mean(special.logsumexp(log_prob - at_draw - share, axis=0) - np.log(len(log_prob)))
+        bound = special.logsumexp(log_prob - at_draw - share, axis=0) - np.log(len(log_prob))
+        loss = np.mean(extra) - np.mean(bound)
     close = {"rtol": 1e-9, "atol": 1e-11}
     (error,) = output.reconstruction_loss.values()
     np.testing.assert_allclose(error.detach(), -log_prob.mean(0), **close)

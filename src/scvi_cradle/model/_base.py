@@ -115,6 +115,8 @@ class LabelledModel(BaseModelClass):
         ------
         ValueError
             For an unknown treatment (near matches are named) and for one without training cells.
+        NotImplementedError
+            For a combination without training cells where combinations are treatments of their own.
         """
         counts = self._trained_counts()
         if perturbations is None:
@@ -130,6 +132,9 @@ class LabelledModel(BaseModelClass):
         members = dict(zip(labels, label_members(labels, treatments, self._encoding_rule), strict=True))
         for label in labels:
             untrained = [treatments[t] for t in members[label] if n_obs[t] == 0]
+            if untrained and self._unique and len(self._rule.treatments(label)) > 1:
+                msg = f"A model that encodes every combination as a treatment of its own cannot predict {label!r}, which has no training cells: use a model with additive treatments (SAMSVAE, CPAVAE){', or `transfer_to_unseen` with cells of it' if hasattr(self, 'transfer_to_unseen') else ''}."
+                raise NotImplementedError(msg)
             if untrained:
                 msg = f"Every treatment must have training cells; received {label!r}, and {preview(untrained)} has none in the training split."
                 raise ValueError(msg)
@@ -203,12 +208,14 @@ class LabelledModel(BaseModelClass):
         data = self.adata if adata is None else adata
         if getattr(data, "is_view", False):
             data = data.copy()
-        if self._manager_of(data) is None:
+        if not self._is_registered(data):
             self._check_encoded(check_query(data, self.registry_))
         return super()._validate_anndata(data, copy_if_view=copy_if_view)
 
-    def _manager_of(self, data: AnnData | MuData) -> Any:
-        return None if "_scvi_uuid" not in data.uns else self.get_anndata_manager(data)
+    def _is_registered(self, data: AnnData | MuData) -> bool:
+        """Whether these very data were checked before; a copy keeps the mark of scvi-tools and may have been changed."""
+        manager = self._per_instance_manager_store.get(self.id, {}).get(data.uns.get("_scvi_uuid"))
+        return manager is not None and manager.adata is data
 
     def _make_data_loader(self, adata: AnnData | MuData, *args: Any, **kwargs: Any) -> Any:
         manager = self.get_anndata_manager(adata)

@@ -140,6 +140,7 @@ class CradleVAE(SetupMixin, PassRateMixin, TrainingMixin, EffectsMixin):
         given = dict(locals())
         self._architecture, self._training_settings = presets.resolve("CradleVAE", preset, given)
         presets.check(self._architecture, mask_prior_logit)
+        presets.check_mask_prior("bernoulli", given)
         super().__init__(adata, registry)
         self._build_module(
             mask_prior_logit=presets.prior_logit(self._architecture, mask_prior_logit),

@@ -68,7 +68,7 @@ class GenerationMixin(LabelledModel):
         -------
         AnnData of shape ``(len(perturbations) * n_samples, n_genes)``, blocks of cells in the order of the request;
         ``obs``: ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or
-        ``"unseen combination"``), ``library_size`` and the batch.
+        ``"unseen combination"``), ``library_size`` (of counts) and the batch.
 
         Raises
         ------
@@ -96,7 +96,8 @@ class GenerationMixin(LabelledModel):
                 library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
                 blocks.append(_emit(self.module, decoded, library, output, generator))
         obs = self._generated_obs(labels, n_samples, artifact=bool(artifact))
-        obs["library_size"] = np.tile(draw.total, len(labels))
+        if self.module.decoder.likelihood.counts:
+            obs["library_size"] = np.tile(draw.total, len(labels))
         self._add_batch(obs, np.tile(self._library_pool["batch"][draw.rows], len(labels)))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
 

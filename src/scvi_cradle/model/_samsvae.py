@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
@@ -133,6 +132,7 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
         given = dict(locals())
         self._architecture, self._training_settings = presets.resolve("SAMSVAE", preset, given)
         presets.check(self._architecture, mask_prior_logit)
+        presets.check_mask_prior(self._architecture["mask_prior"], given)
         super().__init__(adata, registry)
         check_likelihood(self._architecture["likelihood"], holds_counts(self._state(REGISTRY_KEYS.X_KEY)))
         self._build_module(
@@ -143,7 +143,7 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
         self.init_params_ = self._get_init_params(locals())
 
     def reset_masks(self) -> None:
-        """Put the masks back to where they started (``mask_init_logits``) and keep everything else.
+        """Put the posterior of the masks back to its start (``mask_init_logits``) and keep everything else.
 
         Masks that close before the networks have learnt what a dimension means hardly reopen: the gradient of a closed
         entry vanishes. Training, resetting the masks and training again, three or four times, recovered the masks of
@@ -151,13 +151,12 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
 
         Examples
         --------
-        >>> model.train(lr=1e-2)
+        >>> model.train(split_key="split", lr=1e-2)  # the same split in every round
         >>> for _ in range(3):
         ...     model.reset_masks()
-        ...     model.train(lr=1e-2)
+        ...     model.train(split_key="split", lr=1e-2)
         """
-        with torch.no_grad():
-            self.module.effects.mask.logits.fill_(self._architecture["mask_init_logits"])
+        self.module.effects.mask.reset()
 
 
 def check_likelihood(likelihood: str, is_counts: bool) -> None:  # noqa: FBT001

@@ -117,15 +117,17 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         self.module.objective = objective
         self.module.train()
-        super().train(
-            max_epochs=max_epochs,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            plan_kwargs=plan | (plan_kwargs or {}),
-            datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
-            **(trainer | kwargs),
-        )
-        self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
+        try:
+            super().train(
+                max_epochs=max_epochs,
+                batch_size=batch_size,
+                early_stopping=early_stopping,
+                plan_kwargs=plan | (plan_kwargs or {}),
+                datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
+                **(trainer | kwargs),
+            )
+        finally:
+            self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)

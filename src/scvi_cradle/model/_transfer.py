@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ class TransferMixin(TrainingMixin):
 
         Masks of seen interventions are rounded to 0 or 1 and fixed, networks and shifts trained on without the penalty
         on masks, and then the shifts of unseen interventions, with open masks, are fitted to their cells. Given the
-        networks this optimum is known: the mean of ``q(z | x)`` over the cells of the intervention.
+        networks this optimum is known: the mean of ``q(z | x)`` over the cells of the intervention. Masks stay fixed from
+        then on, also in a later :meth:`train`.
 
         Parameters
         ----------
@@ -66,12 +68,17 @@ class TransferMixin(TrainingMixin):
         if not len(unseen):
             msg = f"`transfer_to_unseen` needs cells of interventions without training cells; received {len(positions)} cells of seen ones only: hold interventions out with `split_key`."
             raise ValueError(msg)
+        before = deepcopy(self.module.state_dict())
         self._fix_masks(unseen)
         if max_epochs:
             parts = [self.train_indices_, self.validation_indices_, self.test_indices_]
             split = [np.empty(0, dtype=int) if part is None else np.asarray(part) for part in parts]
             splitter = {"external_indexing": split}
-            self.train(max_epochs=max_epochs, batch_size=batch_size, datasplitter_kwargs=splitter, **kwargs)
+            try:
+                self.train(max_epochs=max_epochs, batch_size=batch_size, datasplitter_kwargs=splitter, **kwargs)
+            except Exception:
+                self.module.load_state_dict(before)
+                raise
         self._fit_shifts(data, positions, treatment, unseen)
         return [self._table.treatments[t] for t in unseen]
 

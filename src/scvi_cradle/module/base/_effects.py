@@ -12,7 +12,7 @@ from scvi_cradle.module.base._elbo import gaussian_kl, normal_log_prob
 from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
 from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask
 
-N_MASK_DRAWS = 64
+N_MASK_DRAWS = 128
 
 
 class Pairs(NamedTuple):
@@ -64,18 +64,23 @@ class EffectDraw(NamedTuple):
         cells = values.new_zeros(values.shape[0], pairs.n_cells, values.shape[2])
         return cells.index_add(1, pairs.cell, values[:, self.row_of_pair] * pairs.dose[:, None])
 
-    def shares(self, pairs: Pairs, n_obs_per_treatment: Tensor, prior_weight_per_cell: float = 0.0) -> Tensor:
+    def shares(self, pairs: Pairs, n_obs_per_treatment: Tensor) -> Tensor:
         """Return what every cell carries of the divergences of its treatments, shape ``(n_particles or 1, n_cells)``.
 
         The weight of a pair is one over the training cells of its treatment, ``1/0 -> 0``: one epoch counts each
-        treatment once. ``prior_weight_per_cell`` adds so much of ``-log p(m)`` per cell.
+        treatment once.
         """
         n_obs = n_obs_per_treatment[pairs.treatment]
         weight = torch.where(n_obs > 0, 1 / n_obs.clamp_min(1), torch.zeros_like(n_obs))
-        share = self.kl[:, self.row_of_pair] * weight
-        if prior_weight_per_cell:
-            share = share - prior_weight_per_cell * self.log_prior[:, self.row_of_pair] * (n_obs > 0)
-        return share.new_zeros(share.shape[0], pairs.n_cells).index_add(1, pairs.cell, share)
+        return _sum_by_cell(self.kl[:, self.row_of_pair] * weight, pairs)
+
+    def log_priors(self, pairs: Pairs, n_obs_per_treatment: Tensor) -> Tensor:
+        """Return ``log p(m)`` of the treatments of every cell that have training cells, shape ``(n_particles or 1, n_cells)``."""
+        return _sum_by_cell(self.log_prior[:, self.row_of_pair] * (n_obs_per_treatment[pairs.treatment] > 0), pairs)
+
+
+def _sum_by_cell(values: Tensor, pairs: Pairs) -> Tensor:
+    return values.new_zeros(values.shape[0], pairs.n_cells).index_add(1, pairs.cell, values)
 
 
 class TreatmentEffects(nn.Module):
@@ -163,39 +168,35 @@ class TreatmentEffects(nn.Module):
         return kl if kl.dim() == 2 else kl[None]
 
     def _mean(self, treatment: Tensor) -> Tensor:
-        """Return probability times mean embedding of rows, shape ``(1, n_rows, n_latent)``."""
-        probability = None if self.mask is None else self.mask.probability[treatment][None]
-        if isinstance(self.embedding, PointEmbedding):
-            mean = self.embedding.loc[treatment][None]
-        else:
-            mean = self.embedding(treatment, probability).mean
-        return (mean if probability is None else probability * mean).reshape(1, len(treatment), -1)
+        """Return the expected effects of rows, shape ``(1, n_rows, n_latent)``."""
+        return self.summary(treatment)["expected"][None]
 
-    def summary(self, n_treatments: int, generator: Generator) -> dict[str, Tensor]:
-        """Return ``expected`` effect, ``mask_prob``, ``embedding_mean`` and ``embedding_std``, ``(n_treatments, n_latent)``.
+    def summary(self, treatment: Tensor) -> dict[str, Tensor]:
+        """Return ``expected`` effect, ``mask_prob``, ``embedding_mean`` and ``embedding_std``, shape ``(n_rows, n_latent)``.
 
-        Where the embedding depends on the mask, its moments are averaged over 64 drawn masks.
+        Where the embedding depends on the mask, its moments are averages over 128 drawn masks, the same at every call.
         """
-        device = next(self.parameters()).device
-        treatment = torch.arange(n_treatments, device=device)
+        if isinstance(self.embedding, AmortizedEmbedding):
+            return self._amortized_summary(treatment)
         if isinstance(self.embedding, PointEmbedding):
-            mean = self.embedding.loc
+            mean = self.embedding.loc[treatment]
             std = torch.zeros_like(mean)
-        elif isinstance(self.embedding, FreeGaussian):
-            mean, std = self.embedding().mean, self.embedding().stddev
         else:
-            return self._amortized_summary(treatment, generator)
-        probability = torch.ones_like(mean) if self.mask is None else self.mask.probability
+            posterior = self.embedding(treatment)
+            mean, std = posterior.mean, posterior.stddev
+        probability = torch.ones_like(mean) if self.mask is None else self.mask.probability[treatment]
         return {"expected": probability * mean, "mask_prob": probability, "embedding_mean": mean, "embedding_std": std}
 
-    def _amortized_summary(self, treatment: Tensor, generator: Generator) -> dict[str, Tensor]:
+    def _amortized_summary(self, treatment: Tensor) -> dict[str, Tensor]:
         probability = self.mask.probability  # type: ignore[union-attr]
-        uniform = torch.rand((N_MASK_DRAWS, *probability.shape), generator=generator, device=probability.device)
-        mask = (uniform < probability).float()
+        generator = torch.Generator(probability.device).manual_seed(0)
+        half = torch.rand((N_MASK_DRAWS // 2, *probability.shape), generator=generator, device=probability.device)
+        probability = probability[treatment]
+        mask = (torch.cat([half, 1 - half])[:, treatment] < probability).float()
         posterior = self.embedding(treatment, mask)
         return {
             "expected": (mask * posterior.mean).mean(0),
             "mask_prob": probability,
             "embedding_mean": posterior.mean.mean(0),
-            "embedding_std": posterior.variance.mean(0).sqrt(),
+            "embedding_std": (posterior.variance.mean(0) + posterior.mean.var(0, unbiased=False)).sqrt(),
         }

@@ -53,8 +53,14 @@ class FreeMask(nn.Module):
 
     def __init__(self, n_treatments: int, n_latent: int, *, init_logit: float, temperature: float) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.logits = nn.Parameter(torch.full((n_treatments, n_latent), float(init_logit)))
+        self.temperature, self.init_logit = temperature, float(init_logit)
+        self.logits = nn.Parameter(torch.empty(n_treatments, n_latent))
+        FreeMask.reset(self)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put the posterior back to its start."""
+        self.logits.fill_(self.init_logit)
 
     @property
     def probability(self) -> Tensor:
@@ -126,10 +132,16 @@ class BetaBernoulliMask(FreeMask):
         super().__init__(n_treatments, n_latent, init_logit=init_logit, temperature=temperature)
         self.concentration, self.point = concentration, point
         if not point:
-            start = [math.log(math.expm1(c - CONCENTRATION_FLOOR)) for c in concentration]
-            self.raw_concentration = nn.Parameter(
-                torch.tensor(start)[:, None, None].repeat(1, n_treatments, n_latent)
-            )  # (2, T, D)
+            self.raw_concentration = nn.Parameter(torch.empty(2, n_treatments, n_latent))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put the posteriors of masks and of their probabilities back to their start, the latter's prior."""
+        super().reset()
+        if not self.point:
+            start = [math.log(math.expm1(c - CONCENTRATION_FLOOR)) for c in self.concentration]
+            self.raw_concentration.copy_(torch.tensor(start)[:, None, None].expand_as(self.raw_concentration))
 
     def terms(self, treatment: Tensor, mask: Tensor, *, sampled: bool, generator: Generator | None = None) -> MaskTerms:
         """Return the terms of rows, in closed form or at draws."""

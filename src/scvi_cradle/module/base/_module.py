@@ -190,7 +190,7 @@ class PerturbationModule(BaseModuleClass):
         """
         if latent.effects is None:
             return latent.z_basal.new_zeros(1, pairs.n_cells)
-        return latent.effects.shares(pairs, self.n_obs_per_treatment, self.prior_weight_per_cell)
+        return latent.effects.shares(pairs, self.n_obs_per_treatment)
 
     def reconstruction_weights(self, inputs: dict[str, Any]) -> Tensor:
         """Return the weight of every cell in the reconstruction term, shape ``(n_cells,)``."""
@@ -224,14 +224,18 @@ class PerturbationModule(BaseModuleClass):
         inputs = self._get_inference_input(tensors)
         kl_basal = self.kl_basal(latent).mean(0)
         shares = self.global_shares(latent, pairs, inputs).mean(0)  # (n,)
+        extra: Tensor | float = 0.0
+        if self.prior_weight_per_cell:  # of training alone, no part of the bound
+            log_priors = latent.effects.log_priors(pairs, self.n_obs_per_treatment)
+            extra = -self.prior_weight_per_cell * log_priors.mean()
         if self.objective == "iwelbo":
             log_weights = self.log_weights(tensors, inference_outputs, features, score_global=True)
-            loss = -importance_weighted_bound(log_weights).mean()
+            loss = -importance_weighted_bound(log_weights).mean() + extra
             error = -(log_weights.mean(0) + shares + self.kl_basal(latent, sampled=True).mean(0)).detach()
         else:
             weight = self.reconstruction_weights(inputs) / (n_particles * n_cells)
             weighted, log_prob = self.decoder.weighted_log_prob(x, features, library_size(x), weight)
-            loss = -weighted + kl_weight * (kl_basal + shares).mean()
+            loss = -weighted + kl_weight * ((kl_basal + shares).mean() + extra)
             error = -log_prob.mean(0)
         return LossOutput(
             loss=loss,
