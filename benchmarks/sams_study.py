@@ -25,7 +25,7 @@ import pandas as pd
 import sams_runs
 import torch
 
-KEYS = ("n", "prior", "rounds", "model", "posterior", "decoder", "preset")
+KEYS = ("n", "prior", "schedule", "model", "posterior", "decoder", "preset")
 BASELINES = ("PerturbedMean", "Additive", "ShrunkenEffects", "replicate (halves of all cells)")
 POSTERIORS = [
     *(("SAMSVAE", p) for p in ("mean_field", "correlated_embedding", "correlated_basal", "correlated")),
@@ -35,12 +35,13 @@ Run = tuple[dict[str, Any], Callable[[], dict[str, float]]]
 
 
 def sparsity(arguments: argparse.Namespace) -> Iterator[Run]:
-    for rounds, seed, n in itertools.product(arguments.rounds, arguments.seeds, arguments.n):
-        for prior in ("fixed prior", "fixed sparsity"):
-            yield (
-                {"n": n, "prior": prior, "rounds": rounds, "seed": seed},
-                partial(sams_runs.sparsity, n, prior, seed, rounds=rounds),
-            )
+    for schedule, seed, n, prior in itertools.product(
+        arguments.schedules, arguments.seeds, arguments.n, arguments.priors
+    ):
+        yield (
+            {"n": n, "prior": prior, "schedule": schedule, "seed": seed},
+            partial(sams_runs.sparsity, n, prior, seed, schedule=schedule),
+        )
 
 
 def inference(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -104,9 +105,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="papalexi.h5ad")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4, for papalexi 0 to 2")
     parser.add_argument("--n", type=int, nargs="+", default=[50, 100, 200], help="cells per treatment, for sparsity")
-    parser.add_argument(
-        "--rounds", type=int, nargs="+", default=[4, 1], help="trainings from fresh masks, for sparsity"
-    )
+    parser.add_argument("--priors", nargs="+", default=["fixed prior", "fixed sparsity"], help="for sparsity")
+    parser.add_argument("--schedules", nargs="+", default=["4 x 2000"], help="rounds x steps, for sparsity")
     parser.add_argument("--decoders", nargs="+", default=["concat, linear", "sum, decoder"], help="for inference")
     parser.add_argument("--presets", nargs="+", default=["recommended", "paper"], help="for papalexi")
     parser.add_argument("--max-steps", type=int, default=600, help="steps of preset 'paper', for papalexi")

@@ -228,7 +228,7 @@ def test_every_choice_trains_generates_and_survives_saving(screen, settings, tmp
         ({"n_latent": 0}, ValueError, "`n_latent` must be a positive integer"),
         ({"n_latent": 2.5}, ValueError, "`n_latent` must be a positive integer"),
         ({"mask_prior_prob": 1.0}, ValueError, "strictly between 0 and 1"),
-        ({"mask_prior_logit": float("-inf")}, ValueError, "must be finite"),
+        ({"mask_prior_logit": float("-inf")}, ValueError, "must be a finite number"),
         ({"cf_weight": -1.0}, ValueError, "`cf_weight` must be a non-negative number"),
         ({"cf_weight": float("nan")}, ValueError, "`cf_weight`"),
         ({"combine": "concatenate"}, ValueError, "did you mean 'concat'"),
