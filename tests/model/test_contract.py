@@ -197,7 +197,7 @@ def test_the_artifact_belongs_to_models_that_have_one(case, trained):
         if case.artifact:
             assert call().obs["artifact"].all()
         else:
-            with pytest.raises(ValueError, match="use CradleVAE"):
+            with pytest.raises(NotImplementedError, match="use CradleVAE"):
                 call()
 
 

@@ -172,7 +172,7 @@ class LabelledModel(BaseModelClass):
         """Return ``artifact`` as an argument of the module, nothing where it is off; an error for models without one."""
         if artifact and not self.module.has_artifact:
             msg = f"{type(self).__name__} has no artifact to switch on; received artifact=True: use CradleVAE."
-            raise ValueError(msg)
+            raise NotImplementedError(msg)
         return {"artifact": True} if artifact else {}
 
     def _needs_counts(self, what: str) -> None:

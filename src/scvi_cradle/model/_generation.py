@@ -74,6 +74,8 @@ class GenerationMixin(LabelledModel):
         ------
         ValueError
             For an unknown treatment (near matches are named), an unknown batch, or no training cell with the flag.
+        NotImplementedError
+            For an artifact, a combination or a scale that the model does not have.
         RuntimeError
             If the model is not trained.
         """
@@ -141,6 +143,8 @@ class GenerationMixin(LabelledModel):
         ------
         ValueError
             For an unknown treatment or for labels that are not one per cell.
+        NotImplementedError
+            For an artifact, a combination or a scale that the model does not have.
         """
         self._trained_counts()
         self._check_output(output)
