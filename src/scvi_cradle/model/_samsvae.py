@@ -146,8 +146,8 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
         """Put the posterior of the masks back to its start (``mask_init_logits``) and keep everything else.
 
         Masks that close before the networks have learnt what a dimension means hardly reopen: the gradient of a closed
-        entry vanishes. Training, resetting the masks and training again, three or four times, recovered the masks of
-        the simulation of appendix A.5 of the paper where one training of the same length did not.
+        entry vanishes. Training in rounds from fresh masks recovered more of the masks of the simulation in appendix A.5
+        of the paper than one training of the same length.
 
         Examples
         --------
