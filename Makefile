@@ -36,9 +36,9 @@ demo: $(VENV)/.package
 		$(if $(PERTURBATION),--perturbation-key "$(PERTURBATION)") $(if $(CONTROL),--control "$(CONTROL)") \
 		$(if $(LAYER),--layer "$(LAYER)") $(if $(ARTIFACT),--artifact-key "$(ARTIFACT)")
 
-# one thread a worker: more would only compete for the same cores
+# one thread a worker: more would only compete for the same cores (numba also sets the threads of torch)
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(run) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(run) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-latest:
 	@python=$$(sh .ci/find_python 3.13 3.12); \

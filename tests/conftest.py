@@ -1,4 +1,4 @@
-"""Fixtures of all tests; seeds and thread counts stay as the caller set them (`make test` sets OMP_NUM_THREADS=1)."""
+"""Fixtures of all tests; seeds and thread counts stay as the caller set them (`make test` sets them to 1)."""
 
 from __future__ import annotations
 
