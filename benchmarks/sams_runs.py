@@ -174,7 +174,7 @@ def papalexi_baseline(path: Path, name: str, seed: int) -> dict[str, float]:
         return {
             "flat": ceiling["ate_pearson"],
             "each": ceiling["pearson_delta"],
-            "Jaccard 50": ceiling.get("jaccard_50", np.nan),
+            "Jaccard 50": ceiling["jaccard_top_50"],
         }
     baseline = getattr(cradle.baselines, name)()
     baseline.fit(training, "perturbation", control="NT")
