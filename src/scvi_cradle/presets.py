@@ -244,13 +244,17 @@ def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, *
 
 
 def check_mask_prior(kind: str, given: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an argument of the other prior of masks, and for a prior given twice."""
+    """Raise ``ValueError`` for an argument of the other prior of masks, and for a prior given twice.
+
+    A whole preset may be given: what has no meaning may take its value there.
+    """
+    usual = [architecture for architecture, _ in SAMS_VAE.values()]
     unused = {
         "bernoulli": ("mask_beta", "mask_prob_posterior"),
         "beta_bernoulli": ("mask_prior_prob", "mask_prior_logit"),
     }
     for name in unused[kind]:
-        if given.get(name) is not None:
+        if given.get(name) is not None and all(given[name] != settings.get(name) for settings in usual):
             msg = f"`{name}` has no meaning with mask_prior={kind!r}; received {given[name]!r}: leave it out."
             raise ValueError(msg)
     if given.get("mask_prior_prob") is not None and given.get("mask_prior_logit") is not None:

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus
+from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus, presets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The basal state is unused:UserWarning"),  # short training
@@ -124,6 +124,14 @@ def test_the_papers_settings_train(shared_screen, model):
     assert np.isfinite(fitted.get_elbo())
 
 
+@pytest.mark.parametrize("model", [SAMSVAE, CPAVAE, ConditionalVAE])
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_a_preset_can_be_copied_and_changed(shared_screen, model, preset):
+    settings, _ = presets.MODELS[model.__name__][preset]
+    changed = build(shared_screen.copy(), model, **{**settings, "n_latent": 7})
+    assert changed._architecture == {**settings, "n_latent": 7}
+
+
 # ---- what the constructor refuses --------------------------------------------------------------------------------------
 
 
@@ -138,7 +146,7 @@ def test_the_papers_settings_train(shared_screen, model):
         (SAMSVAE, {"mask_prior_logit": "x"}, ValueError, "must be a finite number"),
         (SAMSVAE, {"mask_init_logits": float("inf")}, ValueError, "`mask_init_logits` must be a finite number"),
         (SAMSVAE, {"mask_prior_prob": 0.1, "mask_prior_logit": -2.0}, ValueError, "given once"),
-        (SAMSVAE, {"mask_prior": "beta_bernoulli", "mask_prior_prob": 0.1}, ValueError, "has no meaning"),
+        (SAMSVAE, {"mask_prior": "beta_bernoulli", "mask_prior_prob": 0.2}, ValueError, "has no meaning"),
         (SAMSVAE, {"mask_beta": (1.0, 3.0)}, ValueError, "has no meaning"),
         (CradleVAE, {"mask_prior_prob": 0.1, "mask_prior_logit": -2.0}, ValueError, "given once"),
         (SAMSVAE, {"mask_beta": (1.0, 0.0)}, ValueError, "two positive numbers"),

@@ -1,4 +1,4 @@
-"""Generated cells, counterfactuals and treatment effects."""
+"""Generated cells and counterfactuals."""
 
 from __future__ import annotations
 
