@@ -58,7 +58,8 @@ class EffectsMixin(LabelledModel):
             ``"exact"``: the observation noise is integrated out, with ``x / L`` of the drawn library size ``L`` in the
             place of ``x / sum(x)``; the integral is accurate to 1e-3 log2 units, and library sizes are represented by at
             most eight values. ``"sample"``: counts are sampled. The two differ where totals of few, strongly
-            overdispersed genes vary a lot (by .05 log2 units at 60 genes, 500 counts and an inverse dispersion of 0.2).
+            overdispersed genes vary a lot (.06 log2 units in the level of a gene at 60 genes, 500 counts and an inverse
+            dispersion of 0.2; below .01 at 5,000 counts and 20).
         seed
             Seed of the draws; default: from torch's global generator.
 
