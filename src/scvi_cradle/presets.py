@@ -171,6 +171,22 @@ MODELS = MappingProxyType(
         "SVAEPlus": SVAE_PLUS,
     }
 )
+#: What was published for data sets, on top of the preset ``"paper"``: CRADLE-VAE (appendix H), and SAMS-VAE with the
+#: models it was compared with (appendix A.4 for norman and replogle; the sizes of CRADLE-VAE for the other two).
+DATA_SETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        name: _presets(
+            CradleVAE=({"n_latent": n_latent, "mask_prior_prob": prior, "cf_weight": cf_weight}, {"lr": lr}),
+            SAMSVAE=({"n_latent": n_latent_sams, "mask_prior_prob": prior}, {"max_steps": max_steps}),
+        )
+        for name, n_latent, prior, cf_weight, lr, n_latent_sams, max_steps in (
+            ("norman", 200, 0.01, 0.5, 3e-4, 200, 30_000),
+            ("dixit", 200, 0.01, 0.5, 3e-4, 200, 30_000),
+            ("replogle", 200, 0.001, 0.05, 1e-3, 100, 150_000),
+            ("adamson", 100, 0.001, 0.1, 1e-4, 100, 150_000),
+        )
+    }
+)
 
 
 CHOICES = {

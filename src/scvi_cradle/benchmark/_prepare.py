@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -15,15 +14,14 @@ from anndata import AnnData
 from scvi_cradle import datasets, pp
 from scvi_cradle._constants import COLUMNS, QC_UNS_KEY
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, get_matrix
 from scvi_cradle._validation import as_flags, check_key, preview
+from scvi_cradle.benchmark._screen import read_counts, scored_labels
 from scvi_cradle.model import CradleVAE
 
 LOGGER = logging.getLogger("scvi_cradle.benchmark.demo")
 SIMULATION = {"n_cells": 4000, "n_genes": 500, "n_perturbations": 12, "n_combinations": 16}
 SPLIT = "split"
 TRUE_ARTIFACT = "true_artifact"
-MIN_CELLS, FEWEST_CELLS = 5, 2
 MANY_VALUES = 5e7
 
 
@@ -164,28 +162,7 @@ def _read(settings: DemoSettings) -> AnnData:
         LOGGER.info("[1/6] Simulate a screen of which everything is known")
         return datasets.simulate_perturbseq(**settings.simulation, seed=settings.seed)
     LOGGER.info("[1/6] Read %s", settings.data)
-    if not settings.data.is_file():
-        msg = f"`--data` must be an AnnData file; received {str(settings.data)!r}, which is not there."
-        raise FileNotFoundError(msg)
-    try:
-        adata = anndata.read_h5ad(settings.data)
-    except Exception as error:
-        msg = f"`--data` must be an AnnData file (.h5ad); received {str(settings.data)!r}, which cannot be read as one: {_first_line(error)}."
-        raise ValueError(msg) from error
-    if settings.perturbation_key is None:
-        msg = f"`--perturbation-key` must name the column with the perturbation labels; the columns are {preview(adata.obs, 12)}."
-        raise ValueError(msg)
-    check_key(adata.obs, settings.perturbation_key, "adata.obs", "perturbation_key")
-    where = "`X`" if settings.layer is None else f"`layers[{settings.layer!r}]`"
-    check_counts(get_matrix(adata, settings.layer), where)
-    if not adata.var_names.is_unique:
-        msg = f"Gene names must be unique; received {preview(adata.var_names[adata.var_names.duplicated()])} more than once: call `var_names_make_unique()`."
-        raise ValueError(msg)
-    return adata
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return read_counts(settings.data, settings.perturbation_key, settings.layer)
 
 
 def _split(adata: AnnData, settings: DemoSettings, n_combinations: int) -> str:
@@ -270,25 +247,7 @@ def _register(
 def _scored(adata: AnnData, labels: np.ndarray, failed: np.ndarray, control: str) -> tuple[list[str], str]:
     """Return the perturbations to predict and the part of the split that their controls are from."""
     split = adata.obs[SPLIT].astype(str).to_numpy()
-    n_cells = pd.Series(labels[(split == "test") & ~failed]).value_counts()
-    candidates = sorted(n_cells.index.drop(control, errors="ignore"))
-    enough = MIN_CELLS if (n_cells.reindex(candidates) >= MIN_CELLS).any() else FEWEST_CELLS
-    kept = [label for label in candidates if n_cells[label] >= enough]
-    if not kept:
-        msg = (
-            f"A perturbation to predict must have {FEWEST_CELLS} held-out cells that pass quality control; received none "
-            f"among {preview(candidates) or 'no label'}: use more cells, or raise `--n-mads`."
-        )
-        raise ValueError(msg)
+    kept, control_split, enough = scored_labels(labels, split, failed, control)
     if left_out := sorted(set(labels[split == "test"]) - set(kept) - {control}):
         LOGGER.info("      not scored, fewer than %d held-out cells that passed: %s", enough, preview(left_out))
-    n_controls = {s: int(((labels == control) & ~failed & (split == s)).sum()) for s in ("test", "val")}
-    control_split = "test" if n_controls["test"] >= 2 else "val"
-    if n_controls[control_split] < 2 or not ((labels == control) & ~failed & (split == "train")).any():
-        passed = int(((labels == control) & ~failed).sum())
-        msg = (
-            "Control cells that pass quality control are needed for training and for testing (2 at least); received "
-            f"{passed} in all: use more controls, or raise `--n-mads`."
-        )
-        raise ValueError(msg)
     return kept, control_split

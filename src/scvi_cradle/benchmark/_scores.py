@@ -13,16 +13,12 @@ from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import get_matrix
 from scvi_cradle._qc import flag_cells, qc_metrics, record_gene_masks
 from scvi_cradle.benchmark._prepare import LOGGER, TRUE_ARTIFACT, DemoSettings, Prepared
-from scvi_cradle.metrics import average_treatment_effects
-from scvi_cradle.metrics._effects import align_effects
-from scvi_cradle.metrics._evaluate import REPORT_COLUMNS
-from scvi_cradle.metrics._panel import METRICS, Panel, bootstrap_panel, score_panel
-from scvi_cradle.metrics._replicate import Cells, can_be_halved, replicate_scores
+from scvi_cradle.benchmark._report import effects_report
+from scvi_cradle.metrics import average_treatment_effects, replicate_ceiling
 from scvi_cradle.model import CradleVAE
 
 MODEL = "CradleVAE"
 BASELINES = ("ShrunkenEffects", "Additive", "PerturbedMean", "ControlMean")
-REFERENCE = "PerturbedMean"
 CEILING = "replicate"
 KNOWN = "known_effects_pearson"
 N_PARTICLES = 1_000
@@ -78,16 +74,12 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
             LOGGER.info("      %s is left out: %s", name, error)
     rule = LabelRule.create(list(settings.control), settings.sep)
     scored = np.isin(prepared.labels, [*labels, prepared.control_name]) & ~prepared.failed
-    cells = Cells.read(prepared.adata[scored], settings.key, rule, layer=settings.layer, name="data")
-    rng = np.random.default_rng(settings.seed)
-    ceiling = replicate_scores(cells, can_be_halved(cells, labels), n_repeats=N_REPEATS, rng=rng).mean()
-    targets = {t for label in set(prepared.labels) for t in rule.treatments(label)}
-    kept = ~real.var_names.isin(sorted(targets))
-    panels = {name: _panel(real, effects, raw, kept) for name, effects in predicted.items()}
-    baseline = score_panel(panels[REFERENCE])
-    tables = {name: _report(panel, baseline, ceiling, settings.seed) for name, panel in panels.items()}
+    ceiling = replicate_ceiling(prepared.adata[scored], **arguments, n_repeats=N_REPEATS, seed=settings.seed)
+    targets = sorted({t for label in set(prepared.labels) for t in rule.treatments(label)})
+    options = {"train": raw, "ceiling": ceiling, "exclude_genes": targets, "n_bootstrap": N_BOOTSTRAP}
+    tables = {name: effects_report(real, effects, **options, seed=settings.seed) for name, effects in predicted.items()}
     table = pd.DataFrame({name: scores["value"] for name, scores in tables.items()})
-    table[CEILING] = ceiling
+    table[CEILING] = ceiling["mean"]
     table = table.drop(index="jaccard_top_20")
     known = _known_effects(prepared.adata, labels)
     if known is not None:
@@ -95,29 +87,6 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
             name: _flat_pearson(known, effects) for name, effects in (predicted | {CEILING: real}).items()
         }
     return Scores(tables, table, real, predicted[MODEL])
-
-
-def _panel(real: AnnData, predicted: AnnData, raw: AnnData, kept: np.ndarray) -> Panel:
-    """Put effects side by side; shifts are changes from the mean of the training perturbations."""
-    truth, guess = (frame.to_numpy() for frame in align_effects(real, predicted))
-    mean_effect = np.asarray(raw.X).mean(axis=0)
-    # measured cells against the mean training perturbation: no controls enter
-    offset = real.var["control_mean"].to_numpy() - raw.var["control_mean"].to_numpy()
-    return Panel(truth, guess, truth + offset - mean_effect, guess - mean_effect, kept)
-
-
-def _report(panel: Panel, baseline: dict[str, float], ceiling: pd.Series, seed: int) -> pd.DataFrame:
-    value = score_panel(panel)
-    n = len(panel.real)
-    intervals = bootstrap_panel(panel, N_BOOTSTRAP, np.random.default_rng(seed)) if n > 1 else {}
-    rows = {}
-    for name in METRICS:
-        low, high = intervals.get(name, (value[name], value[name]))
-        room = float(ceiling[name]) - baseline[name]
-        scaled = (value[name] - baseline[name]) / room if room > 0 else np.nan
-        note = "" if room > 0 else "scaled is undefined: the ceiling is not above the baseline"
-        rows[name] = [value[name], low, high, baseline[name], float(ceiling[name]), scaled, n, note]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")
 
 
 def _known_effects(adata: AnnData, labels: list[str]) -> pd.DataFrame | None:
@@ -130,7 +99,7 @@ def _known_effects(adata: AnnData, labels: list[str]) -> pd.DataFrame | None:
 
 
 def _flat_pearson(real: pd.DataFrame, predicted: AnnData) -> float:
-    x, y = (frame.to_numpy().ravel() for frame in align_effects(real, predicted))
+    x, y = (frame.to_numpy().ravel() for frame in (real, predicted.to_df().loc[real.index, real.columns]))
     return float(np.corrcoef(x, y)[0, 1]) if np.ptp(y) > 0 else 0.0
 
 
