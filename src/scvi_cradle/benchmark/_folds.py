@@ -47,6 +47,8 @@ class Fold:
         Result of :func:`scvi_cradle.metrics.replicate_ceiling`.
     records
         Records of :func:`scvi_cradle.pp.qc_label`: ``"own"`` thresholds, and those of the papers by their width.
+    notes
+        Warnings that were given on the way.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Fold:
     train: AnnData
     ceiling: pd.DataFrame
     records: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def prepared(self, screen: Screen) -> AnnData:
         """Return the training and validation cells as models take them."""
@@ -82,7 +85,7 @@ class Fold:
     def write(self, path: Path) -> None:
         """Write the fold into a folder, in one step."""
         uns = {"name": self.name, "held_out": np.array(self.held_out, dtype=str), "control_split": self.control_split}
-        uns |= {"ceiling": self.ceiling, "records": self.records}
+        uns |= {"ceiling": self.ceiling, "records": self.records, "notes": np.array(self.notes, dtype=str)}
         obs = pd.DataFrame({SPLIT: pd.Categorical(self.split), "failed": self.failed})
         with new_folder(path) as folder:
             AnnData(obs=obs.set_index(obs.index.astype(str)), uns=uns).write_h5ad(folder / "cells.h5ad")
@@ -103,6 +106,7 @@ class Fold:
             train=train,
             ceiling=cells.uns["ceiling"],
             records=dict(cells.uns["records"]),
+            notes=tuple(str(note) for note in cells.uns["notes"]),
         )
 
 
