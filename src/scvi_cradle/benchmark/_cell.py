@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from scvi import settings as scvi_settings
 from threadpoolctl import threadpool_limits
@@ -113,7 +112,7 @@ def run_cells(settings: BenchmarkSettings, cells: Sequence[tuple[Cell, Path, Pat
         if error is None:
             content["error"], more = _attempt(partial(_score_into, content, settings, cell, path, fitted[0]))
             content["notes"] = sorted({*notes, *more, *load_fold(path).notes})
-            content["seconds"] = seconds
+            content.setdefault("rows", []).append(_row("cpu_seconds", seconds, note="training; shared by thresholds"))
         write_json(result, content)
         errors.append(content["error"])
     return errors
@@ -253,17 +252,17 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _state_kept() -> Iterator[None]:
-    """Put the seeds of the process and the level of lightning's log back."""
-    lightning = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")
-    levels = [logger.level for logger in lightning]
+    """Put the seeds of the process and the levels of other packages' logs back."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "scvi")]
+    levels = [logger.level for logger in loggers]
     seed, states = scvi_settings.seed, (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    for logger in lightning:
+    for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         scvi_settings.seed = seed
-        for logger, level in zip(lightning, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
@@ -291,10 +290,6 @@ def _collected_warnings() -> Iterator[list[str]]:
         yield notes
 
 
-def rows_of(content: dict[str, Any]) -> pd.DataFrame:
-    """Return the rows of a result as a table."""
-    table = pd.DataFrame(content.get("rows", []), columns=["metric", *REPORT_COLUMNS])
-    for position, (name, value) in enumerate(content["cell"].items()):
-        table.insert(position, name, value)
-    table.insert(1, "split", content.get("split"))
-    return table
+def rows_of(content: dict[str, Any]) -> Rows:
+    """Return the rows of a result, each with its cell."""
+    return [content["cell"] | {"split": content["split"]} | row for row in content["rows"]]

@@ -15,6 +15,7 @@ import torch
 from anndata import AnnData
 
 from scvi_cradle import pl
+from scvi_cradle.benchmark import _tables as tables
 from scvi_cradle.benchmark._prepare import LOGGER, SPLIT, DemoSettings, Prepared, prepare
 from scvi_cradle.benchmark._scores import CEILING, KNOWN, MODEL, Scores, quality_table, score
 from scvi_cradle.model import CradleVAE
@@ -152,13 +153,7 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """Return a Markdown table with two decimals."""
-    header = [str(table.index.name or ""), *map(str, table.columns)]
-    rows = [
-        [str(name), *(f"{round(value, 2) + 0.0:.2f}" for value in row)]
-        for name, row in zip(table.index, table.to_numpy(), strict=True)
-    ]
-    lines = [header, ["---", *("---:" for _ in table.columns)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return tables.markdown(table, lambda value: f"{round(value, 2) + 0.0:.2f}")
 
 
 def _draw(model: CradleVAE, prepared: Prepared, generated: dict[str, AnnData], scores: Scores, out: Path) -> None:

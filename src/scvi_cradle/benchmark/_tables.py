@@ -1,0 +1,236 @@
+"""From results to one tidy table, its summary over seeds, and the papers' tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from scvi_cradle.benchmark._cell import REPORT_COLUMNS, rows_of
+from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
+
+BASELINE, CEILING = "mean training effect", "repeat of the experiment"
+MEASURED, MEASURED_PASSED = "measured cells", "measured cells that passed"
+RELATIVE = "relative_iwelbo"
+ANCHOR = "SAMSVAE"
+COLUMNS = ("experiment", "split", "fraction", "threshold", "model", "seed", "metric", *REPORT_COLUMNS)
+KEYS = ["experiment", "split", "fraction", "threshold", "model", "metric"]
+HEADLINES = ("ate_pearson", "ate_r2", "jaccard_top_50", "qc_pass_rate")
+OVER_FRACTIONS = (
+    *("ate_pearson", "pearson_delta", "pearson_delta_perturbed_mean", "perturbation_discrimination"),
+    *("iwelbo", RELATIVE),
+)
+NOTES = (
+    "Effects are scored on held-out cells that passed quality control, against controls that no method was trained on; "
+    "QC thresholds are fitted on training cells.",
+    f"`{BASELINE}` is predicted for every perturbation by a method that knows nothing else; `{CEILING}`: one half of the "
+    "held-out perturbations' cells and of the controls against the other half. A prediction with less noise can be above it.",
+    "Numbers are means over seeds with a 95 % t interval (each seed has its own split, unless the split is given); for a "
+    "single seed a 95 % bootstrap interval over perturbations, where the metric has one.",
+    "`qc_pass_rate`: share of generated cells within all thresholds (doublets have none). Measured cells that passed reach "
+    "1 by construction, and so does a method that copies them.",
+    f"`iwelbo` is in nats per cell, without global terms, and differs between splits; `{RELATIVE}` is the difference from "
+    f"{ANCHOR} on the same split. Both compare models of one table only.",
+)
+
+
+def tidy_table(results: Mapping[Cell, dict[str, Any]]) -> pd.DataFrame:
+    """Return one row per cell of the matrix and metric.
+
+    ``relative_iwelbo`` is the bound less that of SAMSVAE on the same split, trained without combinations where an
+    experiment has shares of them (SAMS-VAE, figure 4).
+    """
+    rows = [row for content in results.values() if content["error"] is None for row in rows_of(content)]
+    tidy = pd.DataFrame(rows, columns=list(COLUMNS))
+    numbers = [name for name in COLUMNS if name not in ("experiment", "split", "model", "metric", "note")]
+    tidy[numbers] = tidy[numbers].apply(pd.to_numeric)
+    return pd.DataFrame([*tidy.to_dict("records"), *_relative_bounds(tidy)], columns=list(COLUMNS)).astype(tidy.dtypes)
+
+
+def _relative_bounds(tidy: pd.DataFrame) -> list[dict[str, Any]]:
+    bounds = tidy[tidy["metric"] == "iwelbo"].to_dict("records")
+    value = {
+        (str(row["threshold"]), row["seed"]): row["value"]
+        for row in bounds
+        if row["model"] == ANCHOR and not row["fraction"] > 0
+    }
+    keyed = [((str(row["threshold"]), row["seed"]), row) for row in bounds]
+    note = f"iwelbo less that of {ANCHOR} on the same split"
+    return [
+        row | {"metric": RELATIVE, "value": row["value"] - value[key], "note": note}
+        for key, row in keyed
+        if key in value
+    ]
+
+
+def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
+    """Return means and 95 % intervals over seeds.
+
+    Returns
+    -------
+    One row per experiment, split, fraction, threshold, model and metric: ``mean``, ``ci_low``, ``ci_high`` (t interval;
+    for one seed the interval of the report), ``sd``, ``n_seeds``, and means of ``baseline``, ``ceiling``, ``scaled``.
+    """
+    rows = []
+    for keys, group in tidy.groupby(KEYS, sort=False, dropna=False):
+        values = group["value"].to_numpy(dtype=np.float64)
+        mean, n = float(values.mean()), len(values)
+        sd = float(values.std(ddof=1)) if n > 1 else np.nan
+        if n > 1:
+            half = float(stats.t.ppf(0.975, n - 1)) * sd / np.sqrt(n)
+            low, high = mean - half, mean + half
+        else:
+            low, high = float(group["ci_low"].iloc[0]), float(group["ci_high"].iloc[0])
+        means = group[["baseline", "ceiling", "scaled", "n_perturbations"]].mean()
+        rows.append([*keys, mean, low, high, sd, n, *means])
+    measured = ["mean", "ci_low", "ci_high", "sd", "n_seeds", "baseline", "ceiling", "scaled", "n_perturbations"]
+    return pd.DataFrame(rows, columns=[*KEYS, *measured])
+
+
+def errors_table(results: Mapping[Cell, dict[str, Any]]) -> pd.DataFrame:
+    """Return the cells that failed, each with its error in one sentence."""
+    rows = [[*cell, content["error"]] for cell, content in results.items() if content["error"] is not None]
+    return pd.DataFrame(rows, columns=[*Cell._fields, "error"])
+
+
+def report(settings: BenchmarkSettings, summary: pd.DataFrame, results: Mapping[Cell, dict[str, Any]]) -> str:
+    """Return the tables in Markdown, with what has to be known to read them."""
+    seeds, name = ", ".join(map(str, settings.seeds)), settings.data.name
+    lines = [f"# Benchmark on {name}", "", f"Experiment `{settings.experiment}`: {EXPERIMENTS[settings.experiment]}."]
+    lines += [f"Preset `{settings.preset}`; seeds {seeds}; steps: {settings.max_steps or 'as the preset'}.", ""]
+    lines += [f"- {note}" for note in NOTES]
+    if not summary.empty:
+        lines += ["", f"Held out: {'; '.join(dict.fromkeys(summary['split']))}."]
+        sections = _over_fractions if settings.experiment in WITH_FRACTIONS else _by_threshold
+        lines += sections(summary)
+    lines += _remarks(results)
+    return "\n".join(lines) + "\n"
+
+
+def _by_threshold(summary: pd.DataFrame) -> list[str]:
+    lines: list[str] = []
+    metrics = list(dict.fromkeys(summary["metric"]))
+    of_report = [m for m in metrics if summary.loc[summary["metric"] == m, "n_perturbations"].notna().any()]
+    top = [m for m in of_report if "top_20" in m]
+    rates = [m for m in metrics if m.startswith("qc_pass_rate") and not m.endswith("_mads")]
+    effects = [*(m for m in of_report if m not in top), *(m for m in rates if m == "qc_pass_rate")]
+    bounds = [m for m in ("iwelbo", RELATIVE, "ate_pearson", "pearson_delta") if m in metrics]
+    rest = [m for m in metrics if m not in {*of_report, *rates, "iwelbo", RELATIVE} and not m.endswith("_mads")]
+    for threshold, part in summary.groupby("threshold", sort=False, dropna=False):
+        lines += ["", f"## {_threshold(threshold)}"]
+        for title, chosen, references in (
+            ("Effects of held-out perturbations (CRADLE-VAE, table 2)", effects, (BASELINE, CEILING)),
+            ("The same, 20 genes (CRADLE-VAE, table 4)", top, (BASELINE, CEILING)),
+            ("QC pass rate, overall and by criterion (CRADLE-VAE, table 2)", rates, (MEASURED, MEASURED_PASSED)),
+            ("Likelihood and effects (SAMS-VAE, table 1)", bounds, None),
+            ("Training", rest, None),
+        ):
+            rows = part[part["model"].isin(part.loc[part["metric"] == "iwelbo", "model"])] if chosen is bounds else part
+            lines += _section(title, _pivot(rows, "model", chosen, references))
+    ablations = summary[summary["model"].str.startswith("CradleVAE") & summary["metric"].isin(HEADLINES)]
+    if ablations["model"].nunique() > 1:
+        lines += ["", "## Ablations and thresholds"]
+        lines += _section(
+            "Ablations (CRADLE-VAE, table 3)", _pivot(_with_threshold(ablations), "model", HEADLINES, None)
+        )
+    quality = [m for m in ("ate_pearson", "ate_r2", *(m for m in metrics if m.endswith("_mads"))) if m in metrics]
+    passed = summary[summary["model"].isin(("SAMSVAE (passed cells)", "CradleVAE")) & summary["metric"].isin(quality)]
+    if any(m.endswith("_mads") for m in quality):
+        lines += _section(
+            "Training at one threshold, pass rates at others (CRADLE-VAE, table 5)",
+            _pivot(_with_threshold(passed), "model", quality, None),
+        )
+    return lines
+
+
+def _over_fractions(summary: pd.DataFrame) -> list[str]:
+    lines: list[str] = []
+    words = summary.assign(share=[f"{f:.0%}" for f in summary["fraction"]])
+    for threshold, part in words.groupby("threshold", sort=False, dropna=False):
+        lines += ["", f"## {_threshold(threshold)}"]
+        for metric in OVER_FRACTIONS:
+            rows = part[part["metric"] == metric]
+            shares = list(dict.fromkeys(rows["share"]))
+            references = (BASELINE, CEILING) if rows["ceiling"].notna().any() else None
+            table = _pivot(rows.assign(metric=rows["share"]), "model", shares, references)
+            lines += _section(f"`{metric}` by share of combinations (SAMS-VAE, figure 4)", table)
+    return lines
+
+
+def _with_threshold(summary: pd.DataFrame) -> pd.DataFrame:
+    names = [f"{m}, {_threshold(t)}" for m, t in zip(summary["model"], summary["threshold"], strict=True)]
+    return summary.assign(model=names).sort_values("threshold", kind="stable")
+
+
+def _threshold(threshold: Any) -> str:
+    return "given flags" if pd.isna(threshold) else f"{threshold:g} MADs"
+
+
+def _pivot(
+    summary: pd.DataFrame, rows: str, columns: Sequence[str], references: tuple[str, str] | None
+) -> pd.DataFrame:
+    """Return texts such as ``0.52 [0.48, 0.56]``, methods x metrics, and the references' rows below."""
+    chosen = summary[summary["metric"].isin(columns)]
+    if chosen.empty:
+        return pd.DataFrame()
+    texts = [_text(*values) for values in zip(chosen["mean"], chosen["ci_low"], chosen["ci_high"], strict=True)]
+    table = chosen.assign(text=texts).pivot(index=rows, columns="metric", values="text")
+    table = table.loc[list(dict.fromkeys(chosen[rows])), [c for c in columns if c in table.columns]].fillna("-")
+    for name, column in zip(references or (), ("baseline", "ceiling"), strict=False):
+        means = chosen.groupby("metric")[column].mean()
+        if name in (BASELINE, CEILING):  # those of effects, not of cells
+            means = means.where(chosen.groupby("metric")["n_perturbations"].max().notna())
+        table.loc[name] = [_text(means[metric], np.nan, np.nan) for metric in table.columns]
+    return table
+
+
+def _text(mean: float, low: float, high: float) -> str:
+    if not np.isfinite(mean):
+        return "-"
+    digits = 2 if abs(mean) < 100 else 1
+    text = f"{round(mean, digits) + 0.0:.{digits}f}"
+    return text if not np.isfinite(low + high) or low == high else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _section(title: str, table: pd.DataFrame) -> list[str]:
+    return [] if table.empty else ["", f"### {title}", "", markdown(table.rename_axis("model"))]
+
+
+def markdown(table: pd.DataFrame, text: Callable[[Any], str] = str) -> str:
+    """Return a Markdown table."""
+    header = [str(table.index.name or ""), *map(str, table.columns)]
+    rows = [[str(name), *map(text, row)] for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    lines = [header, ["---", *("---:" for _ in table.columns)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
+    """Return what is missing from the tables, and why, each reason once."""
+    failed: dict[str, list[Cell]] = {}
+    without: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
+    for cell, content in results.items():
+        if content["error"] is not None:
+            failed.setdefault(content["error"], []).append(cell)
+        for what, reason in content.get("without", {}).items():
+            without.setdefault(f"{cell.model}, {what}", []).append(reason)
+        notes |= dict.fromkeys([*content.get("notes", []), *filter(None, [content.get("left_out")])])
+    lines: list[str] = []
+    for title, entries in (
+        (
+            "Failed",
+            [f"{len(cells)} cells ({_models(c.model for c in cells)}): {error}" for error, cells in failed.items()],
+        ),
+        ("No answer", [f"{what} ({len(reasons)} cells): {reasons[0]}." for what, reasons in without.items()]),
+        ("Notes", list(notes)),
+    ):
+        if entries:
+            lines += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
+    return lines
+
+
+def _models(names: Any) -> str:
+    return ", ".join(sorted(set(names)))
