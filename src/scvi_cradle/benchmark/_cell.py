@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle.benchmark._folds import Fold, call_doublets, left_out, make_fold
+from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold
 from scvi_cradle.benchmark._models import REGISTRY, fit, model_settings
 from scvi_cradle.benchmark._report import effects_report
 from scvi_cradle.benchmark._screen import Screen, first_line, read_screen
@@ -82,7 +82,7 @@ def build_fold(settings: BenchmarkSettings, cell: Cell, path: Path, doublets: Pa
             called = np.zeros(screen.adata.n_obs, dtype=bool)
             called[content["doublets"]] = True
         fold = make_fold(screen, cell, called)
-        replace(fold, notes=tuple(notes)).write(path)
+        replace(fold, notes=(*fold.notes, *notes)).write(path)
 
     return _attempt(work)[0]
 
@@ -137,7 +137,7 @@ def score(settings: BenchmarkSettings, cell: Cell, fold: Fold, fitted: Any) -> d
     Returns
     -------
     ``split``: what is held out; ``rows``: metrics with the columns of a report; ``without``: what the model has no
-    answer to, with the reason; ``left_out``: labels that are not predicted.
+    answer to, with the reason.
     """
     screen = load_screen(settings)
     parts: dict[str, Callable[[], Rows]] = {
@@ -154,7 +154,7 @@ def score(settings: BenchmarkSettings, cell: Cell, fold: Fold, fitted: Any) -> d
             rows += part()
         except beyond as error:
             without[name] = first_line(error)
-    return {"split": fold.name, "rows": rows, "without": without, "left_out": left_out(screen, fold)}
+    return {"split": fold.name, "rows": rows, "without": without}
 
 
 def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:

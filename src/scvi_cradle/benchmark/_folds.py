@@ -48,7 +48,7 @@ class Fold:
     records
         Records of :func:`scvi_cradle.pp.qc_label`: ``"own"`` thresholds, and those of the papers by their width.
     notes
-        Warnings that were given on the way.
+        Labels that are not predicted, and warnings that were given on the way.
     """
 
     name: str
@@ -134,8 +134,9 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
     known = {t for label in trained for t in screen.rule.treatments(label)}
     if candidates is None:
         candidates = sorted(set(labels[split == "test"]) - {control})
-    candidates = [label for label in candidates if known.issuperset(screen.rule.treatments(label))]
-    held_out, control_split, _ = scored_labels(labels, split, failed, control, candidates)
+    trainable = [label for label in candidates if known.issuperset(screen.rule.treatments(label))]
+    held_out, control_split, _ = scored_labels(labels, split, failed, control, trainable)
+    lacking = sorted(set(candidates) - set(held_out))
     truth = ~failed & (
         ((split == "test") & np.isin(labels, held_out)) | ((split == control_split) & (labels == control))
     )
@@ -150,6 +151,8 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         train=metrics.average_treatment_effects(screen.adata[(split == "train") & ~failed], **screen.reading),
         ceiling=metrics.replicate_ceiling(screen.adata[halved], **screen.reading, n_repeats=N_REPEATS, seed=cell.seed),
         records=records,
+        notes=(f"Not predicted, too few held-out or training cells that passed: {preview(lacking, 20)}.",)
+        * bool(lacking),
     )
 
 
@@ -197,7 +200,7 @@ def _split_combinations(screen: Screen, cell: Cell) -> tuple[str, np.ndarray, li
         split[~combined & ~control & (split == "test")] = "train"
         cells = rng.permutation(np.flatnonzero(combined & np.isin(split, ("train", "val"))))
         split[cells[int((cell.fraction or 0.0) * len(cells)) :]] = "unused"
-        return f"{cell.fraction:.0%} of the cells of combinations", split, pairs
+        return f"cells; training on {cell.fraction:.0%} of those of combinations", split, pairs
     split[~control & (split == "test")] = "train"
     n_test = len(pairs) if cell.experiment == "doubles" else math.ceil(TEST_FRACTION * len(pairs))
     shuffled = rng.permutation(pairs).tolist()
@@ -207,7 +210,7 @@ def _split_combinations(screen: Screen, cell: Cell) -> tuple[str, np.ndarray, li
     split[np.isin(labels, held_out)] = "test"
     if cell.experiment == "doubles":
         return f"all {len(pairs)} combinations of singles", split, held_out
-    return f"{cell.fraction:.0%} of the training combinations", split, held_out
+    return f"{n_test} combinations; training on {cell.fraction:.0%} of {len(rest)} others", split, held_out
 
 
 def call_doublets(screen: Screen) -> np.ndarray:
@@ -236,11 +239,3 @@ def _label(
             failed = cells.obs[COLUMNS.ARTIFACT].to_numpy(dtype=bool)
             records["own"] = cells.uns[QC_UNS_KEY]
     return failed, records
-
-
-def left_out(screen: Screen, fold: Fold) -> str:
-    """Name the held-out labels that are not predicted, or return an empty string."""
-    labels = set(screen.labels[fold.split == "test"]) - {screen.rule.control_name, *fold.held_out}
-    if not labels or fold.name.endswith("cells of combinations"):
-        return ""
-    return f"not predicted, too few held-out or training cells that passed: {preview(sorted(labels), 20)}"

@@ -217,7 +217,7 @@ def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
             failed.setdefault(content["error"], []).append(cell)
         for what, reason in content.get("without", {}).items():
             without.setdefault(f"{cell.model}, {what}", []).append(reason)
-        notes |= dict.fromkeys([*content.get("notes", []), *filter(None, [content.get("left_out")])])
+        notes |= dict.fromkeys(content["notes"])
     lines: list[str] = []
     for title, entries in (
         (
