@@ -94,7 +94,7 @@ def test_scores_of_a_baseline_are_those_of_the_public_functions(
     assert value(result, "Additive", "ate_r2", 5.0, 1).value == pytest.approx(
         cradle.metrics.ate_r2(fold.real, predicted)
     )
-    assert row.ceiling == pytest.approx(fold.ceiling.loc["pearson_delta", "mean"])
+    assert row.ceiling == pytest.approx(fold.ceiling.loc["pearson_delta", "full_size"])
     assert row.scaled == pytest.approx((row.value - row.baseline) / (row.ceiling - row.baseline))
     generated = baseline.get_generated_expression(fold.held_out, n_samples=100, seed=1)
     real = screen.adata[(fold.split == "test") & np.isin(screen.labels, fold.held_out)].copy()

@@ -22,9 +22,9 @@ from threadpoolctl import threadpool_limits
 from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
+from scvi_cradle.benchmark._cell_scores import generated_scores
 from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold
 from scvi_cradle.benchmark._models import REGISTRY, fit, model_settings
-from scvi_cradle.benchmark._report import effects_report
 from scvi_cradle.benchmark._screen import Screen, first_line, read_screen
 from scvi_cradle.benchmark._settings import BenchmarkSettings, Cell
 from scvi_cradle.benchmark._store import read_json, write_json
@@ -33,7 +33,10 @@ N_PARTICLES = {"recommended": 1_000, "paper": 2_500}
 N_IWELBO, N_SCORED = 100, 1_500
 N_GENERATED = 100
 N_BOOTSTRAP = 200
-REPORT_COLUMNS = ("value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "n_perturbations", "note")
+REPORT_COLUMNS = (
+    *("value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "scaled_low", "scaled_high"),
+    *("n_perturbations", "note"),
+)
 
 Rows = list[dict[str, Any]]
 
@@ -163,12 +166,12 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
         kind = settings.preset if settings.preset in N_PARTICLES else "paper"
         options = {"n_particles": N_PARTICLES[kind], "seed": cell.seed}
     predicted = fitted.get_average_treatment_effects(fold.held_out, **options)
-    table = effects_report(
+    table = metrics.evaluate_effects(
         fold.real,
         predicted,
         train=fold.train,
         ceiling=fold.ceiling,
-        exclude_genes=screen.targets,
+        sep=screen.rule.sep,
         n_bootstrap=N_BOOTSTRAP,
         seed=cell.seed,
     )
@@ -178,7 +181,8 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
 def _generated(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
     generated = fitted.get_generated_expression(fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
     measured = fold.held_out_cells(screen, passed=False)
-    rows: Rows = []
+    passed = fold.held_out_cells(screen, passed=True)
+    rows: Rows = generated_scores(passed, generated, fold.held_out, fold.generated, cell.seed)
     for width, record in fold.records.items():
         table = metrics.qc_pass_rate(measured, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
         every = table.loc["all"]
@@ -201,8 +205,9 @@ def _bound(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
     chosen = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:N_SCORED])
     scvi_settings.seed = cell.seed
     bound = fitted.get_iwelbo(cells[chosen].copy(), n_particles=N_IWELBO, batch_size=500)
-    note = f"{len(chosen)} held-out cells that passed, {N_IWELBO} particles, global terms not scored"
-    return [_row("iwelbo", bound.mean(dtype=np.float64), note=note)]
+    mean, sem, n = metrics.iwelbo_summary(bound).loc["all"]
+    note = f"{n:g} held-out cells that passed, {N_IWELBO} particles, global terms not scored; interval over cells"
+    return [_row("iwelbo", mean, ci_low=mean - 1.96 * sem, ci_high=mean + 1.96 * sem, note=note)]
 
 
 def _training(fitted: Any) -> Rows:

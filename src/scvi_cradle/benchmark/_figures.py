@@ -14,7 +14,7 @@ from scvi_cradle.pl._style import GREY, MARKERS, PALETTE, finish, panels, style
 
 DOTS = (
     *("ate_pearson", "pearson_delta", "pearson_delta_perturbed_mean", "perturbation_discrimination"),
-    *("jaccard_top_50", "relative_rmse", "qc_pass_rate", RELATIVE),
+    *("jaccard_top_50", "relative_rmse_of_mean", "energy_distance", "qc_pass_rate", RELATIVE),
 )
 LINES = ("-", "--", ":")
 
@@ -38,7 +38,8 @@ def draw_scores(summary: pd.DataFrame, path: Path) -> bool:
         return False
     with style():
         fig, axes = panels(len(metrics), None, ncols=4, size=(3.0, 0.24 * len(models) + 1.2))
-        for metric, ax in zip(metrics, axes, strict=True):
+        columns = -(-len(metrics) // -(-len(metrics) // 4))
+        for number, (metric, ax) in enumerate(zip(metrics, axes, strict=True)):
             rows = summary[summary["metric"] == metric]
             for i, threshold in enumerate(thresholds):
                 part = rows[rows["threshold"].fillna(0) == threshold]
@@ -50,8 +51,7 @@ def draw_scores(summary: pd.DataFrame, path: Path) -> bool:
             for column, line in (("baseline", ":"), ("ceiling", "--")):
                 if rows[column].notna().any():
                     ax.axvline(rows[column].mean(), color=GREY, linestyle=line, linewidth=1, zorder=0)
-            first = ax.get_subplotspec().is_first_col()
-            ax.set_yticks(range(len(models)), models if first else [""] * len(models))
+            ax.set_yticks(range(len(models)), [""] * len(models) if number % columns else models)
             ax.set(ylim=(len(models) - 0.5, -0.5), title=metric)
         if len(thresholds) > 1:
             axes[0].legend(loc="best")

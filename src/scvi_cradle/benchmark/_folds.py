@@ -15,6 +15,7 @@ from anndata import AnnData
 from scvi_cradle import metrics, pp
 from scvi_cradle._constants import COLUMNS, QC_CRITERIA, QC_UNS_KEY
 from scvi_cradle._validation import preview
+from scvi_cradle.benchmark._cell_scores import references
 from scvi_cradle.benchmark._models import FAILED, FLAG, PASSED, SPLIT
 from scvi_cradle.benchmark._screen import Screen, scored_labels
 from scvi_cradle.benchmark._settings import THRESHOLDS, Cell
@@ -45,6 +46,8 @@ class Fold:
         Measured effects of held-out cells and of training cells, of those that passed.
     ceiling
         Result of :func:`scvi_cradle.metrics.replicate_ceiling`.
+    generated
+        What generated cells are compared with, as of ``_cell_scores.references``.
     records
         Records of :func:`scvi_cradle.pp.qc_label`: ``"own"`` thresholds, and those of the papers by their width.
     notes
@@ -59,6 +62,7 @@ class Fold:
     real: AnnData
     train: AnnData
     ceiling: pd.DataFrame
+    generated: dict[str, Any]
     records: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -85,7 +89,12 @@ class Fold:
     def write(self, path: Path) -> None:
         """Write the fold into a folder, in one step."""
         uns = {"name": self.name, "held_out": np.array(self.held_out, dtype=str), "control_split": self.control_split}
-        uns |= {"ceiling": self.ceiling, "records": self.records, "notes": np.array(self.notes, dtype=str)}
+        uns |= {
+            "ceiling": self.ceiling,
+            "generated": self.generated,
+            "records": self.records,
+            "notes": np.array(self.notes, dtype=str),
+        }
         obs = pd.DataFrame({SPLIT: pd.Categorical(self.split), "failed": self.failed})
         with new_folder(path) as folder:
             AnnData(obs=obs.set_index(obs.index.astype(str)), uns=uns).write_h5ad(folder / "cells.h5ad")
@@ -105,6 +114,7 @@ class Fold:
             real=real,
             train=train,
             ceiling=cells.uns["ceiling"],
+            generated=dict(cells.uns["generated"]),
             records=dict(cells.uns["records"]),
             notes=tuple(str(note) for note in cells.uns["notes"]),
         )
@@ -141,6 +151,14 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         ((split == "test") & np.isin(labels, held_out)) | ((split == control_split) & (labels == control))
     )
     halved = ~failed & np.isin(labels, [*held_out, control])
+    real, train, controls = (
+        screen.adata[rows & ~failed]
+        for rows in (
+            (split == "test") & np.isin(labels, held_out),
+            (split == "train") & (labels != control),
+            (split == control_split) & (labels == control),
+        )
+    )
     return Fold(
         name=name,
         split=split,
@@ -150,6 +168,7 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         real=metrics.average_treatment_effects(screen.adata[truth], **screen.reading)[held_out].copy(),
         train=metrics.average_treatment_effects(screen.adata[(split == "train") & ~failed], **screen.reading),
         ceiling=metrics.replicate_ceiling(screen.adata[halved], **screen.reading, n_repeats=N_REPEATS, seed=cell.seed),
+        generated=references(real, train, controls, held_out, cell.seed),
         records=records,
         notes=(f"Not predicted, too few held-out or training cells that passed: {preview(lacking, 20)}.",)
         * bool(lacking),

@@ -9,12 +9,10 @@ import pandas as pd
 from anndata import AnnData
 
 from scvi_cradle import baselines
-from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import get_matrix
 from scvi_cradle._qc import flag_cells, qc_metrics, record_gene_masks
 from scvi_cradle.benchmark._prepare import LOGGER, TRUE_ARTIFACT, DemoSettings, Prepared
-from scvi_cradle.benchmark._report import effects_report
-from scvi_cradle.metrics import average_treatment_effects, replicate_ceiling
+from scvi_cradle.metrics import ate_pearson, average_treatment_effects, evaluate_effects, replicate_ceiling
 from scvi_cradle.model import CradleVAE
 
 MODEL = "CradleVAE"
@@ -59,7 +57,7 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
     -----
     Measured effects come from held-out cells and from controls that no method was fitted on. Model and baselines
     predict effects against their own training controls; baselines are fitted on training cells that passed. The
-    replicate is one half of all passed cells of the held-out perturbations and of the controls against the other half.
+    replicate repeats the experiment with as many cells of the held-out perturbations and controls as passed in all.
     """
     arguments = settings.label_arguments | {"layer": settings.layer}
     labels = prepared.held_out
@@ -72,19 +70,21 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
             predicted[name] = getattr(baselines, name)().fit(train, **arguments).get_average_treatment_effects(labels)
         except ValueError as error:
             LOGGER.info("      %s is left out: %s", name, error)
-    rule = LabelRule.create(list(settings.control), settings.sep)
     scored = np.isin(prepared.labels, [*labels, prepared.control_name]) & ~prepared.failed
     ceiling = replicate_ceiling(prepared.adata[scored], **arguments, n_repeats=N_REPEATS, seed=settings.seed)
-    targets = sorted({t for label in set(prepared.labels) for t in rule.treatments(label)})
-    options = {"train": raw, "ceiling": ceiling, "exclude_genes": targets, "n_bootstrap": N_BOOTSTRAP}
-    tables = {name: effects_report(real, effects, **options, seed=settings.seed) for name, effects in predicted.items()}
+    tables = {
+        name: evaluate_effects(
+            real, effects, train=raw, ceiling=ceiling, sep=settings.sep, n_bootstrap=N_BOOTSTRAP, seed=settings.seed
+        )
+        for name, effects in predicted.items()
+    }
     table = pd.DataFrame({name: scores["value"] for name, scores in tables.items()})
-    table[CEILING] = ceiling["mean"]
-    table = table.drop(index="jaccard_top_20")
+    table[CEILING] = ceiling["full_size"]
+    table = table.loc[[name for name in table.index if not name.endswith("top_20")]]
     known = _known_effects(prepared.adata, labels)
     if known is not None:
         table.loc[KNOWN] = {
-            name: _flat_pearson(known, effects) for name, effects in (predicted | {CEILING: real}).items()
+            name: ate_pearson(known, effects) for name, effects in (predicted | {CEILING: real}).items()
         }
     return Scores(tables, table, real, predicted[MODEL])
 
@@ -96,11 +96,6 @@ def _known_effects(adata: AnnData, labels: list[str]) -> pd.DataFrame | None:
     if not isinstance(known, pd.DataFrame) or not set(labels) <= set(known.index):
         return None
     return known.loc[labels] if set(known.columns) == set(adata.var_names) else None
-
-
-def _flat_pearson(real: pd.DataFrame, predicted: AnnData) -> float:
-    x, y = (frame.to_numpy().ravel() for frame in (real, predicted.to_df().loc[real.index, real.columns]))
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(y) > 0 else 0.0
 
 
 def quality_table(prepared: Prepared, generated: dict[str, AnnData], settings: DemoSettings) -> pd.DataFrame | None:

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from scvi_cradle.benchmark._cell import REPORT_COLUMNS, rows_of
+from scvi_cradle.benchmark._cell_scores import SIGNS
 from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
 
 BASELINE, CEILING = "mean training effect", "repeat of the experiment"
@@ -26,8 +27,9 @@ OVER_FRACTIONS = (
 NOTES = (
     "Effects are scored on held-out cells that passed quality control, against controls that no method was trained on; "
     "QC thresholds are fitted on training cells.",
-    f"`{BASELINE}` is predicted for every perturbation by a method that knows nothing else; `{CEILING}`: one half of the "
-    "held-out perturbations' cells and of the controls against the other half. A prediction with less noise can be above it.",
+    f"`{BASELINE}` is predicted for every perturbation by a method that knows nothing else; `{CEILING}`: what "
+    "as many cells of the held-out perturbations and controls again would score, extrapolated from halves and quarters (for "
+    "scores of generated cells: one half of the held-out cells against the other). A prediction with less noise can be above it.",
     "Numbers are means over seeds with a 95 % t interval (each seed has its own split, unless the split is given); for a "
     "single seed a 95 % bootstrap interval over perturbations, where the metric has one.",
     "`qc_pass_rate`: share of generated cells within all thresholds (doublets have none). Measured cells that passed reach "
@@ -116,7 +118,8 @@ def _by_threshold(summary: pd.DataFrame) -> list[str]:
     of_report = [m for m in metrics if summary.loc[summary["metric"] == m, "n_perturbations"].notna().any()]
     top = [m for m in of_report if "top_20" in m]
     rates = [m for m in metrics if m.startswith("qc_pass_rate") and not m.endswith("_mads")]
-    effects = [*(m for m in of_report if m not in top), *(m for m in rates if m == "qc_pass_rate")]
+    cells = [m for m in of_report if m in SIGNS]
+    effects = [*(m for m in of_report if m not in {*top, *cells}), *(m for m in rates if m == "qc_pass_rate")]
     bounds = [m for m in ("iwelbo", RELATIVE, "ate_pearson", "pearson_delta") if m in metrics]
     rest = [m for m in metrics if m not in {*of_report, *rates, "iwelbo", RELATIVE} and not m.endswith("_mads")]
     for threshold, part in summary.groupby("threshold", sort=False, dropna=False):
@@ -124,6 +127,7 @@ def _by_threshold(summary: pd.DataFrame) -> list[str]:
         for title, chosen, references in (
             ("Effects of held-out perturbations (CRADLE-VAE, table 2)", effects, (BASELINE, CEILING)),
             ("The same, 20 genes (CRADLE-VAE, table 4)", top, (BASELINE, CEILING)),
+            ("Generated cells (relative RMSE and R2: PerturbedVAE)", cells, (BASELINE, CEILING)),
             ("QC pass rate, overall and by criterion (CRADLE-VAE, table 2)", rates, (MEASURED, MEASURED_PASSED)),
             ("Likelihood and effects (SAMS-VAE, table 1)", bounds, None),
             ("Training", rest, None),

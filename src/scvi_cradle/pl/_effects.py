@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from scvi_cradle._validation import check_positive, near_matches, preview
 from scvi_cradle.metrics._effects import Effects, align_effects, as_frame
-from scvi_cradle.metrics._scores import pearson_rows
+from scvi_cradle.metrics._rows import pearson_rows
 from scvi_cradle.pl._style import (
     BLACK,
     BLUE,

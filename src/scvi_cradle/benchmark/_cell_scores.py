@@ -1,0 +1,128 @@
+"""Scores of generated cells, label by label: distances of distributions, and errors of expression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import stats
+from scipy.spatial.distance import pdist
+
+from scvi_cradle import metrics
+from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL
+from scvi_cradle._matrix import to_csr
+
+MAX_CELLS = 100  # of a label, on either side
+#: -1 where less is better
+SIGNS = {
+    "relative_rmse": -1,
+    "relative_rmse_of_mean": -1,
+    "r2_of_means": 1,
+    "l2_of_means": -1,
+    "energy_distance": -1,
+    "mmd_rbf": -1,
+}
+
+
+def expression(cells: AnnData, rows: np.ndarray) -> np.ndarray:
+    """Return ``log2(1 + 1e4 x / total)`` of some cells, dense."""
+    counts = to_csr(cells.X[rows]).toarray().astype(np.float64)
+    return np.asarray(np.log2(1 + COUNTS_PER_CELL * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)))
+
+
+def draw(cells: AnnData, label: str | None, rng: np.random.Generator) -> np.ndarray:
+    """Return the expression of at most ``MAX_CELLS`` cells of a label (``None``: of all cells), in random order."""
+    rows = np.arange(cells.n_obs) if label is None else np.flatnonzero(cells.obs[COLUMNS.PERTURBATION] == label)
+    return expression(cells, rng.permutation(rows)[:MAX_CELLS])
+
+
+def label_scores(real: np.ndarray, predicted: np.ndarray, bandwidth: float) -> dict[str, float]:
+    """Score the predicted cells of one label.
+
+    Returns
+    -------
+    ``relative_rmse``: cell by cell, arbitrary pairs; ``relative_rmse_of_mean``: real cells against the mean of the
+    predicted ones, the better of the two for anything without true pairs; ``r2_of_means``, ``l2_of_means``;
+    ``energy_distance`` and ``mmd_rbf``, both unbiased; NaN where a side has one cell.
+    """
+    n = min(len(real), len(predicted))
+    mean = np.broadcast_to(predicted.mean(axis=0), real.shape)
+    scores = {
+        "relative_rmse": metrics.relative_rmse(real[:n], predicted[:n]),
+        "relative_rmse_of_mean": metrics.relative_rmse(real, mean),
+        "r2_of_means": metrics.r2_of_means(real, predicted),
+        "l2_of_means": metrics.l2_of_means(real, predicted),
+    }
+    if n > 1:
+        scores["energy_distance"] = metrics.energy_distance(real[:n], predicted[:n])
+        scores["mmd_rbf"] = metrics.mmd_rbf(real[:n], predicted[:n], bandwidth=bandwidth, unbiased=True)
+    return {name: scores.get(name, np.nan) for name in SIGNS}
+
+
+def table_of(score: Callable[[str], dict[str, float]], labels: list[str]) -> pd.DataFrame:
+    """Return the scores of labels, labels x metrics."""
+    return pd.DataFrame([score(label) for label in labels], index=labels, columns=list(SIGNS))
+
+
+def references(real: AnnData, train: AnnData, controls: AnnData, labels: list[str], seed: int) -> dict[str, Any]:
+    """Score what knows nothing, and a repeat of the experiment.
+
+    Parameters
+    ----------
+    real
+        Held-out cells that passed.
+    train
+        Training cells that passed, without controls: predicted for every label.
+    controls
+        Control cells; the median distance between them is the width of the kernel.
+    labels
+        Labels to score.
+    seed
+        Seed of the draws.
+
+    Returns
+    -------
+    ``bandwidth``; ``baseline`` and ``ceiling``: means over labels, the latter of one half of the real cells against the
+    other.
+    """
+    rng = np.random.default_rng(seed)
+    bandwidth = float(np.median(pdist(draw(controls, None, rng))))
+    anyone = draw(train, None, rng)
+
+    def halves(label: str) -> dict[str, float]:
+        cells = draw(real, label, rng)
+        middle = len(cells) // 2
+        if middle == 0:
+            return dict.fromkeys(SIGNS, np.nan)
+        return label_scores(cells[:middle], cells[middle:], bandwidth)
+
+    baseline = table_of(lambda label: label_scores(draw(real, label, rng), anyone, bandwidth), labels)
+    return {"bandwidth": bandwidth, "baseline": dict(baseline.mean()), "ceiling": dict(table_of(halves, labels).mean())}
+
+
+def generated_scores(
+    real: AnnData, generated: AnnData, labels: list[str], known: dict[str, Any], seed: int
+) -> list[dict[str, Any]]:
+    """Return rows of a report for generated cells; intervals are those of a mean over labels (Student's t)."""
+    rng = np.random.default_rng(seed)
+    scores = table_of(
+        lambda label: label_scores(draw(real, label, rng), draw(generated, label, rng), known["bandwidth"]), labels
+    )
+    rows = []
+    for name, sign in SIGNS.items():
+        values = scores[name].dropna().to_numpy()
+        if not len(values):
+            continue
+        mean, n = float(values.mean()), len(values)
+        half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+        base, top = known["baseline"][name], known["ceiling"][name]
+        room = sign * (top - base)
+        numbers = {"value": mean, "ci_low": mean - half, "ci_high": mean + half, "baseline": base, "ceiling": top}
+        numbers["scaled"] = sign * (mean - base) / room if room > 0 else np.nan
+        better = "more" if sign > 0 else "less"
+        note = f"mean over perturbations, at most {MAX_CELLS} cells a side, log2 expression; {better} is better"
+        rows.append({"metric": name, **numbers, "n_perturbations": n, "note": note})
+    return rows

@@ -1,0 +1,70 @@
+"""Scores of generated cells: closed forms, and what a repeat and a copy score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from scvi_cradle import metrics
+from scvi_cradle.benchmark._cell_scores import SIGNS, draw, expression, generated_scores, label_scores, references
+
+
+def cells(mean: np.ndarray, label: str, n: int, seed: int) -> AnnData:
+    counts = np.random.default_rng(seed).poisson(mean, size=(n, len(mean))).astype(np.float32)
+    return AnnData(counts, obs=pd.DataFrame({"perturbation": [label] * n}, index=[str(i) for i in range(n)]))
+
+
+def test_expression() -> None:
+    adata = AnnData(np.array([[1.0, 3.0], [0.0, 0.0]], dtype=np.float32))
+    np.testing.assert_allclose(expression(adata, np.array([0, 1])), [[np.log2(2501), np.log2(7501)], [0, 0]])
+
+
+def test_scores_of_a_label() -> None:
+    real, predicted = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 1.0], [3.0, 5.0], [9.0, 9.0]])
+    scores = label_scores(real, predicted, 1.0)
+    assert set(scores) == set(SIGNS)
+    assert scores["relative_rmse"] == pytest.approx(0.2581988897)  # specified example, on the pairs
+    mean = np.tile(predicted.mean(axis=0), (2, 1))
+    assert scores["relative_rmse_of_mean"] == pytest.approx(metrics.relative_rmse(real, mean))
+    assert scores["l2_of_means"] == pytest.approx(np.linalg.norm(real.mean(0) - predicted.mean(0)))
+    assert scores["energy_distance"] == pytest.approx(metrics.energy_distance(real, predicted[:2]))
+    one = label_scores(real[:1], predicted, 1.0)
+    assert np.isnan(one["energy_distance"])
+    assert np.isnan(one["mmd_rbf"])
+    assert np.isfinite(one["relative_rmse"])
+
+
+def test_a_true_sampler_reaches_the_ceiling_and_the_others_do_not() -> None:
+    rng = np.random.default_rng(0)
+    control = rng.uniform(1, 6, 30)
+    effect = np.where(np.arange(30) < 8, 4.0, 1.0)
+    real, other = cells(control * effect, "A", 100, 1), cells(control / effect, "B", 100, 2)
+    known = references(real, other, cells(control, "control", 60, 3), ["A"], 0)
+
+    def scores(predicted: AnnData) -> pd.DataFrame:
+        return pd.DataFrame(generated_scores(real, predicted, ["A"], known, 0)).set_index("metric")
+
+    sampler = scores(cells(control * effect, "A", 100, 4))
+    nothing = scores(cells(control / effect, "A", 100, 5))
+    assert list(sampler.index) == list(SIGNS)
+    for name, sign in SIGNS.items():
+        assert sign * (sampler.loc[name, "value"] - nothing.loc[name, "value"]) > 0
+        assert abs(nothing.loc[name, "scaled"]) < 0.1
+        assert sampler.loc[name, "scaled"] > 0.9
+    # without pairs a constant beats a sample of the truth, by the factor sqrt(2) of two independent noises
+    means = sampler["value"]
+    assert means["relative_rmse"] / means["relative_rmse_of_mean"] == pytest.approx(np.sqrt(2), rel=0.05)
+
+
+def test_draws_are_of_the_label_and_seeded() -> None:
+    both = AnnData(
+        np.vstack([np.full((150, 2), 1.0), np.full((5, 2), [1.0, 3.0])]).astype(np.float32),
+        obs=pd.DataFrame({"perturbation": ["A"] * 150 + ["B"] * 5}, index=[str(i) for i in range(155)]),
+    )
+    assert draw(both, "A", np.random.default_rng(0)).shape == (100, 2)
+    np.testing.assert_allclose(
+        draw(both, "B", np.random.default_rng(0)), [[np.log2(2501), np.log2(7501)]] * 5, rtol=1e-6
+    )
+    assert draw(both, None, np.random.default_rng(0)).shape == (100, 2)
