@@ -1,6 +1,7 @@
 """Scores of predicted perturbation effects, always beside a baseline and a ceiling."""
 
 from scvi_cradle.metrics._bounds import importance_weighted_bound, iwelbo_summary
+from scvi_cradle.metrics._cell_eval import cell_eval_scores, to_cell_eval, write_cell_eval
 from scvi_cradle.metrics._distances import energy_distance, mmd_multiscale, mmd_rbf
 from scvi_cradle.metrics._divergences import bernoulli_kl, gaussian_kl
 from scvi_cradle.metrics._effects import average_treatment_effects
@@ -33,6 +34,7 @@ __all__ = [
     "average_treatment_effects",
     "bernoulli_kl",
     "block_r2",
+    "cell_eval_scores",
     "energy_distance",
     "evaluate",
     "evaluate_effects",
@@ -56,5 +58,7 @@ __all__ = [
     "r2_of_means",
     "relative_rmse",
     "replicate_ceiling",
+    "to_cell_eval",
     "weighted_welch",
+    "write_cell_eval",
 ]

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import to_csr
+from scvi_cradle._validation import preview
 from scvi_cradle.metrics._effects import group_sums, log_normalize, read_counts, read_labels
 
 
@@ -54,6 +56,17 @@ class Cells:
         matrix = read_counts(adata, layer, name)
         labels = read_labels(adata, perturbation_key, rule, need_control=need_control)
         return cls(matrix, np.asarray(labels.codes, dtype=np.int64), tuple(labels.categories), adata.var_names, rule)
+
+    @classmethod
+    def read_predicted(cls, predicted: AnnData, perturbation_key: str, rule: LabelRule, layer: str | None) -> Cells:
+        """Read generated cells: the label column, the layer and the control may have the names that models give them."""
+        key, own_layer = perturbation_key, layer
+        if isinstance(predicted, AnnData):
+            if key not in predicted.obs and COLUMNS.PERTURBATION in predicted.obs:
+                key = COLUMNS.PERTURBATION
+            own_layer = layer if layer in predicted.layers else None
+        named = LabelRule(tuple(dict.fromkeys((*rule.control, rule.control_name))), rule.sep, rule.missing_is_control)
+        return cls.read(predicted, key, named, layer=own_layer, name="predicted", need_control=False)
 
     @property
     def perturbations(self) -> list[str]:
@@ -116,3 +129,26 @@ class Cells:
         """Return log2 expression of some cells, dense, in the order of ``genes``."""
         values = log_normalize(to_csr(self.matrix[rows])).toarray()
         return values if self.genes.equals(genes) else values[:, self.genes.get_indexer(genes)]
+
+
+def check_same_genes(truth: Cells, cells: Cells, name: str) -> None:
+    """Raise ``ValueError`` unless ``cells`` hold the genes of the truth, in any order."""
+    if set(cells.genes) != set(truth.genes):
+        n_common = len(truth.genes.intersection(cells.genes))
+        msg = (
+            f"`{name}` must hold the genes of `real`; received {len(cells.genes)} genes, {n_common} among the "
+            f"{len(truth.genes)} of `real`: subset both to the genes in common."
+        )
+        raise ValueError(msg)
+
+
+def check_predicted(truth: Cells, other: Cells) -> None:
+    """Raise ``ValueError`` unless the predicted cells can be compared with the real ones."""
+    check_same_genes(truth, other, "predicted")
+    if not other.perturbations:
+        msg = "`predicted` must hold cells of at least one perturbation; received only controls or no cell."
+        raise ValueError(msg)
+    unknown = sorted(set(other.perturbations) - set(truth.perturbations))
+    if unknown:
+        msg = f"Every perturbation of `predicted` must have real cells; received {preview(unknown)} without any: drop them from `predicted`."
+        raise ValueError(msg)

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import row_sums
 from scvi_cradle._validation import check_positive, preview
-from scvi_cradle.metrics._cells import Cells
+from scvi_cradle.metrics._cells import Cells, check_predicted, check_same_genes
 from scvi_cradle.metrics._distances import energy_distance
 from scvi_cradle.metrics._panel import Panel
 from scvi_cradle.metrics._replicate import MAX_CELLS, can_be_parted, replicate
@@ -113,9 +112,15 @@ def evaluate(
     rule = LabelRule.create(control, sep)
     rng = np.random.default_rng(seed)
     truth = Cells.read(real, perturbation_key, rule, layer=layer, name="real")
-    other = _read_predicted(predicted, perturbation_key, rule, layer)
+    other = Cells.read_predicted(predicted, perturbation_key, rule, layer)
     training = None if train is None else Cells.read(train, perturbation_key, rule, layer=layer, name="train")
-    labels = _scored_labels(truth, other, training)
+    check_predicted(truth, other)
+    if training is not None:
+        check_same_genes(truth, training, "train")
+        if not training.perturbations:
+            msg = "`train` must hold cells of at least one perturbation for the baseline; received only controls."
+            raise ValueError(msg)
+    labels = other.perturbations
     can_be_parted(truth, labels)  # before anything is computed
     comparison = _compare(truth, other, training, labels, exclude_targets, rng)
     parts = replicate(truth, labels, n_repeats=N_REPEATS, rng=rng, exclude_targets=exclude_targets, distances=True)
@@ -135,38 +140,6 @@ def evaluate(
         rng=rng,
         notes=notes,
     )
-
-
-def _read_predicted(predicted: AnnData, perturbation_key: str, rule: LabelRule, layer: str | None) -> Cells:
-    key, own_layer = perturbation_key, layer
-    if isinstance(predicted, AnnData):
-        if key not in predicted.obs and COLUMNS.PERTURBATION in predicted.obs:
-            key = COLUMNS.PERTURBATION
-        own_layer = layer if layer in predicted.layers else None
-    named = LabelRule(tuple(dict.fromkeys((*rule.control, rule.control_name))), rule.sep, rule.missing_is_control)
-    return Cells.read(predicted, key, named, layer=own_layer, name="predicted", need_control=False)
-
-
-def _scored_labels(truth: Cells, other: Cells, training: Cells | None) -> list[str]:
-    for cells, name in ((other, "predicted"), (training, "train")):
-        if cells is not None and set(cells.genes) != set(truth.genes):
-            n_common = len(truth.genes.intersection(cells.genes))
-            msg = (
-                f"`{name}` must hold the genes of `real`; received {len(cells.genes)} genes, {n_common} among the "
-                f"{len(truth.genes)} of `real`: subset both to the genes in common."
-            )
-            raise ValueError(msg)
-    if not other.perturbations:
-        msg = "`predicted` must hold cells of at least one perturbation; received only controls or no cell."
-        raise ValueError(msg)
-    unknown = sorted(set(other.perturbations) - set(truth.perturbations))
-    if unknown:
-        msg = f"Every perturbation of `predicted` must have real cells; received {preview(unknown)} without any: drop them from `predicted`."
-        raise ValueError(msg)
-    if training is not None and not training.perturbations:
-        msg = "`train` must hold cells of at least one perturbation for the baseline; received only controls."
-        raise ValueError(msg)
-    return other.perturbations
 
 
 def _compare(

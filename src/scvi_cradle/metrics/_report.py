@@ -17,7 +17,6 @@ REPORT_COLUMNS = [
     *("n_perturbations", "note"),
 ]
 LEVEL = 0.95
-FEWEST_VALID = 0.8
 
 
 class Ceiling(Protocol):
@@ -51,32 +50,36 @@ def build_report(
         value, base = score(weights @ ours[name]), score(weights @ trivial[name])
         best = np.broadcast_to(ceiling(name, weights), value.shape)
         room = sign * (best - base)
-        scaled = np.where(room > 0, sign * (value - base) / np.where(room > 0, room, 1.0), np.nan)
+        scaled = float(sign * (value[0] - base[0]) / room[0]) if room[0] > 0 else np.nan
         said = notes + metric_notes(name, predicted)
         if not room[0] > 0:
             said.append("scaled is undefined: the ceiling is not better than the baseline")
-        elif scaled[0] > 1:
+        elif scaled > 1:
             said.append("above the ceiling: less noise than a repeat of the experiment has, or these cells were seen")
         low, high = _interval(value, n, METRICS[name].bounds)
-        scaled_low, scaled_high = _interval(scaled, n, (-np.inf, np.inf))
-        numbers = [value[0], low, high, base[0], best[0], scaled[0], scaled_low, scaled_high]
+        scaled_low, scaled_high = _interval(_ratio_draws(sign * (value - base), room), n, (-np.inf, np.inf))
+        numbers = [value[0], low, high, base[0], best[0], scaled, scaled_low, scaled_high]
         rows[name] = [*map(float, numbers), n, "; ".join(said)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")
+
+
+def _ratio_draws(gain: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Return draws of ``gain / room`` linearised at the estimates, which come first: rooms near 0 do no harm."""
+    if not room[0] > 0:
+        return np.full(1, np.nan)
+    ratio = gain[0] / room[0]
+    return ratio + (gain - ratio * room) / room[0]
 
 
 def _interval(values: np.ndarray, n: int, bounds: tuple[float, float]) -> tuple[float, float]:
     """Return the estimate, first of ``values``, plus and minus Student's quantile times the sd of the draws that follow.
 
-    The sd over draws of ``n`` perturbations is too small by ``sqrt(1 - 1/n)``. NaN where fewer than four fifths of the
-    draws are defined.
+    The sd over draws of ``n`` perturbations is too small by ``sqrt(1 - 1/n)``.
     """
     estimate, draws = float(values[0]), values[1:]
-    if not len(draws) or np.isnan(estimate):
+    if not len(draws):
         return estimate, estimate
-    known = draws[~np.isnan(draws)]
-    if len(known) < max(2.0, FEWEST_VALID * len(draws)):
-        return np.nan, np.nan
-    width = float(student_t.ppf(0.5 + LEVEL / 2, n - 1) * known.std(ddof=1) * np.sqrt(n / (n - 1)))
+    width = float(student_t.ppf(0.5 + LEVEL / 2, n - 1) * draws.std(ddof=1) * np.sqrt(n / (n - 1)))
     return max(estimate - width, bounds[0]), min(estimate + width, bounds[1])
 
 
