@@ -17,7 +17,7 @@ from scvi_cradle.benchmark._tables import errors_table, report, summarize, tidy_
 from scvi_cradle.benchmark._tasks import run_missing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
     """Tables of a benchmark.
 
@@ -96,4 +96,4 @@ def run_benchmark(
     write_text(folder / "tables.md", text)
     write_json(folder / "settings.json", asdict(settings) | {"data": str(settings.data)})
     draw(summary, folder)
-    return BenchmarkResult(cells, summary, errors, text)
+    return BenchmarkResult(cells=cells, summary=summary, errors=errors, text=text)

@@ -191,7 +191,7 @@ def _split(screen: Screen, seed: int, scheme: str, test_fraction: float) -> np.n
     labelled = AnnData(obs=screen.adata.obs[[COLUMNS.PERTURBATION]].copy())
     options = {"test_fraction": test_fraction, "val_fraction": VAL_FRACTION, "seed": seed, "key_added": SPLIT}
     pp.split_perturbations(labelled, scheme=scheme, **screen.reading, **options)  # type: ignore[arg-type]
-    return labelled.obs[SPLIT].astype(str).to_numpy()
+    return np.array(labelled.obs[SPLIT].astype(str), dtype=object)
 
 
 def _split_combinations(screen: Screen, cell: Cell) -> tuple[str, np.ndarray, list[str]]:
