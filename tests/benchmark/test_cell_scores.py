@@ -41,7 +41,8 @@ def test_a_true_sampler_reaches_the_ceiling_and_the_others_do_not() -> None:
     control = rng.uniform(1, 6, 30)
     effect = np.where(np.arange(30) < 8, 4.0, 1.0)
     real, other = cells(control * effect, "A", 100, 1), cells(control / effect, "B", 100, 2)
-    known = references(real, other, cells(control, "control", 60, 3), ["A"], 0)
+    everything = cells(control * effect, "A", 200, 6)
+    known = references(real, everything, other, cells(control, "control", 60, 3), ["A"], seed=0)
 
     def scores(predicted: AnnData) -> pd.DataFrame:
         return pd.DataFrame(generated_scores(real, predicted, ["A"], known, 0)).set_index("metric")

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -151,6 +152,21 @@ def test_given_flags_and_split(settings: BenchmarkSettings) -> None:
     np.testing.assert_array_equal(made.failed, screen.failed)
     np.testing.assert_array_equal(made.split, screen.split)
     assert made.records == {}
+
+
+def test_thresholds_behind_given_flags_are_used(settings: BenchmarkSettings, tmp_path: Path) -> None:
+    cells = anndata.read_h5ad(settings.data)
+    pp.qc_label(cells, n_mads=4, batch_key="lane", key_added="flag")
+    cells.write_h5ad(tmp_path / "flagged.h5ad")
+    given = replace(settings, data=tmp_path / "flagged.h5ad", artifact_key="flag", thresholds=None, batch_key="lane")
+    screen = load_screen(given)
+    made = make_fold(screen, Cell("effects", None, None, "", 0), None)
+    assert list(made.records) == ["own"]
+    rates = metrics.qc_pass_rate(screen.adata[made.failed], screen.adata, thresholds=made.records["own"])
+    cells.obs["perturbation"] = cells.obs["gene"]
+    expected = metrics.qc_pass_rate(cells, cells)
+    assert rates.loc["all", "generated"] == pytest.approx(expected.loc["all", "generated"])
+    assert load_screen(replace(given, artifact_key="bad")).record is None  # thresholds of other flags
 
 
 # ---- what is compared, and with which settings ----------------------------------------------------------------------

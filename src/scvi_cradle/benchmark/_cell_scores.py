@@ -67,13 +67,17 @@ def table_of(score: Callable[[str], dict[str, float]], labels: list[str]) -> pd.
     return pd.DataFrame([score(label) for label in labels], index=labels, columns=list(SIGNS))
 
 
-def references(real: AnnData, train: AnnData, controls: AnnData, labels: list[str], seed: int) -> dict[str, Any]:
+def references(
+    real: AnnData, everything: AnnData, train: AnnData, controls: AnnData, labels: list[str], *, seed: int
+) -> dict[str, Any]:
     """Score what knows nothing, and a repeat of the experiment.
 
     Parameters
     ----------
     real
         Held-out cells that passed.
+    everything
+        All cells of the labels that passed, those for training among them: the experiment that is repeated.
     train
         Training cells that passed, without controls: predicted for every label.
     controls
@@ -85,19 +89,19 @@ def references(real: AnnData, train: AnnData, controls: AnnData, labels: list[st
 
     Returns
     -------
-    ``bandwidth``; ``baseline`` and ``ceiling``: means over labels, the latter of one half of the real cells against the
-    other.
+    ``bandwidth``; ``baseline`` and ``ceiling``: means over labels, the latter of one half of a label's cells against the
+    other half.
     """
     rng = np.random.default_rng(seed)
     bandwidth = float(np.median(pdist(draw(controls, None, rng))))
     anyone = draw(train, None, rng)
 
     def halves(label: str) -> dict[str, float]:
-        cells = draw(real, label, rng)
-        middle = len(cells) // 2
-        if middle == 0:
+        rows = rng.permutation(np.flatnonzero(everything.obs[COLUMNS.PERTURBATION] == label))
+        n = min(len(rows) // 2, MAX_CELLS)
+        if n == 0:
             return dict.fromkeys(SIGNS, np.nan)
-        return label_scores(cells[:middle], cells[middle:], bandwidth)
+        return label_scores(expression(everything, rows[:n]), expression(everything, rows[n : 2 * n]), bandwidth)
 
     baseline = table_of(lambda label: label_scores(draw(real, label, rng), anyone, bandwidth), labels)
     return {"bandwidth": bandwidth, "baseline": dict(baseline.mean()), "ceiling": dict(table_of(halves, labels).mean())}

@@ -151,10 +151,11 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         ((split == "test") & np.isin(labels, held_out)) | ((split == control_split) & (labels == control))
     )
     halved = ~failed & np.isin(labels, [*held_out, control])
-    real, train, controls = (
+    real, everything, train, controls = (
         screen.adata[rows & ~failed]
         for rows in (
             (split == "test") & np.isin(labels, held_out),
+            np.isin(labels, held_out),
             (split == "train") & (labels != control),
             (split == control_split) & (labels == control),
         )
@@ -168,7 +169,7 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         real=metrics.average_treatment_effects(screen.adata[truth], **screen.reading)[held_out].copy(),
         train=metrics.average_treatment_effects(screen.adata[(split == "train") & ~failed], **screen.reading),
         ceiling=metrics.replicate_ceiling(screen.adata[halved], **screen.reading, n_repeats=N_REPEATS, seed=cell.seed),
-        generated=references(real, train, controls, held_out, cell.seed),
+        generated=references(real, everything, train, controls, held_out, seed=cell.seed),
         records=records,
         notes=(f"Not predicted, too few held-out or training cells that passed: {preview(lacking, 20)}.",)
         * bool(lacking),

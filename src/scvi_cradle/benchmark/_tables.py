@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from scipy import stats
 
 from scvi_cradle.benchmark._cell import REPORT_COLUMNS, rows_of
 from scvi_cradle.benchmark._cell_scores import SIGNS
+from scvi_cradle.benchmark._models import REGISTRY
 from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
 
 BASELINE, CEILING = "mean training effect", "repeat of the experiment"
@@ -29,7 +31,7 @@ NOTES = (
     "QC thresholds are fitted on training cells.",
     f"`{BASELINE}` is predicted for every perturbation by a method that knows nothing else; `{CEILING}`: what "
     "as many cells of the held-out perturbations and controls again would score, extrapolated from halves and quarters (for "
-    "scores of generated cells: one half of the held-out cells against the other). A prediction with less noise can be above it.",
+    "scores of generated cells: one half of the cells against the other, at most 100 a side). A prediction with less noise can be above it.",
     "Numbers are means over seeds with a 95 % t interval (each seed has its own split, unless the split is given); for a "
     "single seed a 95 % bootstrap interval over perturbations, where the metric has one.",
     "`qc_pass_rate`: share of generated cells within all thresholds (doublets have none). Measured cells that passed reach "
@@ -62,7 +64,7 @@ def _relative_bounds(tidy: pd.DataFrame) -> list[dict[str, Any]]:
     keyed = [((str(row["threshold"]), row["seed"]), row) for row in bounds]
     note = f"iwelbo less that of {ANCHOR} on the same split"
     return [
-        row | {"metric": RELATIVE, "value": row["value"] - value[key], "note": note}
+        row | {"metric": RELATIVE, "value": row["value"] - value[key], "ci_low": None, "ci_high": None, "note": note}
         for key, row in keyed
         if key in value
     ]
@@ -73,7 +75,7 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    One row per experiment, split, fraction, threshold, model and metric: ``mean``, ``ci_low``, ``ci_high`` (t interval;
+    Models in the order of the registry; one row per experiment, split, fraction, threshold, model and metric: ``mean``, ``ci_low``, ``ci_high`` (t interval;
     for one seed the interval of the report), ``sd``, ``n_seeds``, and means of ``baseline``, ``ceiling``, ``scaled``.
     """
     rows = []
@@ -89,7 +91,9 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
         means = group[["baseline", "ceiling", "scaled", "n_perturbations"]].mean()
         rows.append([*keys, mean, low, high, sd, n, *means])
     measured = ["mean", "ci_low", "ci_high", "sd", "n_seeds", "baseline", "ceiling", "scaled", "n_perturbations"]
-    return pd.DataFrame(rows, columns=[*KEYS, *measured])
+    order = {name: position for position, name in enumerate(REGISTRY)}
+    table = pd.DataFrame(rows, columns=[*KEYS, *measured])
+    return table.sort_values("model", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 def errors_table(results: Mapping[Cell, dict[str, Any]]) -> pd.DataFrame:
@@ -105,9 +109,10 @@ def report(settings: BenchmarkSettings, summary: pd.DataFrame, results: Mapping[
     lines += [f"Preset `{settings.preset}`; seeds {seeds}; steps: {settings.max_steps or 'as the preset'}.", ""]
     lines += [f"- {note}" for note in NOTES]
     if not summary.empty:
-        lines += ["", f"Held out: {'; '.join(dict.fromkeys(summary['split']))}."]
-        sections = _over_fractions if settings.experiment in WITH_FRACTIONS else _by_threshold
-        lines += sections(summary)
+        if settings.experiment in WITH_FRACTIONS:
+            lines += _over_fractions(summary)
+        else:
+            lines += ["", f"Held out: {'; '.join(dict.fromkeys(summary['split']))}.", *_by_threshold(summary)]
     lines += _remarks(results)
     return "\n".join(lines) + "\n"
 
@@ -180,21 +185,29 @@ def _pivot(
     chosen = summary[summary["metric"].isin(columns)]
     if chosen.empty:
         return pd.DataFrame()
-    texts = [_text(*values) for values in zip(chosen["mean"], chosen["ci_low"], chosen["ci_high"], strict=True)]
+    digits = {metric: _digits(values) for metric, values in chosen.groupby("metric")["mean"]}
+    texts = [_text(row.mean, row.ci_low, row.ci_high, digits[row.metric]) for row in chosen.itertuples()]
     table = chosen.assign(text=texts).pivot(index=rows, columns="metric", values="text")
     table = table.loc[list(dict.fromkeys(chosen[rows])), [c for c in columns if c in table.columns]].fillna("-")
     for name, column in zip(references or (), ("baseline", "ceiling"), strict=False):
         means = chosen.groupby("metric")[column].mean()
         if name in (BASELINE, CEILING):  # those of effects, not of cells
             means = means.where(chosen.groupby("metric")["n_perturbations"].max().notna())
-        table.loc[name] = [_text(means[metric], np.nan, np.nan) for metric in table.columns]
+        table.loc[name] = [_text(means[metric], np.nan, np.nan, digits[metric]) for metric in table.columns]
     return table
 
 
-def _text(mean: float, low: float, high: float) -> str:
+def _digits(values: pd.Series) -> int:
+    """Return decimals that show at least two digits of the largest value."""
+    largest = float(values.abs().max())
+    if largest >= 100 or not largest > 0:
+        return 1 if largest else 2
+    return max(2, 1 - math.floor(math.log10(largest)))
+
+
+def _text(mean: float, low: float, high: float, digits: int) -> str:
     if not np.isfinite(mean):
         return "-"
-    digits = 2 if abs(mean) < 100 else 1
     text = f"{round(mean, digits) + 0.0:.{digits}f}"
     return text if not np.isfinite(low + high) or low == high else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -214,13 +227,13 @@ def markdown(table: pd.DataFrame, text: Callable[[Any], str] = str) -> str:
 def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
     """Return what is missing from the tables, and why, each reason once."""
     failed: dict[str, list[Cell]] = {}
-    without: dict[str, list[str]] = {}
+    without: dict[str, dict[str, str]] = {}
     notes: dict[str, None] = {}
     for cell, content in results.items():
         if content["error"] is not None:
             failed.setdefault(content["error"], []).append(cell)
-        for what, reason in content.get("without", {}).items():
-            without.setdefault(f"{cell.model}, {what}", []).append(reason)
+        if content.get("without"):
+            without.setdefault(cell.model, {}).update(content["without"])
         notes |= dict.fromkeys(content["notes"])
     lines: list[str] = []
     for title, entries in (
@@ -228,7 +241,7 @@ def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
             "Failed",
             [f"{len(cells)} cells ({_models(c.model for c in cells)}): {error}" for error, cells in failed.items()],
         ),
-        ("No answer", [f"{what} ({len(reasons)} cells): {reasons[0]}." for what, reasons in without.items()]),
+        ("No answer", [f"{m} ({', '.join(parts)}): {next(iter(parts.values()))}." for m, parts in without.items()]),
         ("Notes", list(notes)),
     ):
         if entries:
