@@ -46,6 +46,7 @@ def finished(
     trained: list[Cell] = []
     original = _cell._fit
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cell, "N_IWELBO", 5)  # for speed
         patch.setattr(_cell, "_fit", lambda s, cell, fold: trained.append(cell) or original(s, cell, fold))
         yield out, run_benchmark(wanted, out=out, progress=False), trained
 
@@ -275,26 +276,24 @@ def _fold_of(settings: BenchmarkSettings) -> Fold:
 
 
 def test_a_killed_run_goes_on(settings: BenchmarkSettings, tmp_path: Path) -> None:
-    some = replace(
-        settings, models=("SAMSVAE", "CPAVAE", "Additive", "ControlMean"), seeds=(0, 1, 2), thresholds=(5.0,)
-    )
+    some = replace(settings, models=("SAMSVAE", "Additive"), seeds=(0, 1, 2, 3), thresholds=(5.0,))
     words = [str(some.data), "--perturbation-key", "gene", "--control", "NT", "--sep", "_", "--thresholds", "5"]
-    words += ["--models", *some.models, "--seeds", "0", "1", "2", "--max-steps", "10", "--jobs", "2"]
+    words += ["--models", *some.models, "--seeds", "0", "1", "2", "3", "--max-steps", "10", "--jobs", "2"]
     command = [sys.executable, "-m", "scvi_cradle.benchmark", *words, "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as run:
         deadline = time.monotonic() + 120
-        while len(list((tmp_path / "cells").glob("*.json"))) < 3 and time.monotonic() < deadline:
+        while len(list((tmp_path / "cells").glob("*.json"))) < 2 and time.monotonic() < deadline:
             assert run.poll() is None, run.stdout.read().decode()
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGKILL)  # the parent alone: its workers must end by themselves
         run.stdout.read()  # until no worker holds the pipe any more
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")}
-    assert 3 <= len(kept) < 12
+    assert 2 <= len(kept) < 8
     assert all(json.loads(path.read_text())["error"] is None for path in kept)
     result = run_benchmark(some, out=tmp_path, progress=False)
     assert result.errors.empty
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(list((tmp_path / "cells").iterdir())) == 12
+    assert len(list((tmp_path / "cells").iterdir())) == 8
     fresh = run_benchmark(replace(some, seeds=(1,)), out=tmp_path / "fresh", progress=False)
     rows = result.cells["seed"] == 1
     names = ["model", "metric", "value"]

@@ -225,6 +225,7 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on(settings: Benchmark
     baseline = cell._replace(model="Additive")
     assert len({p.result for p in before.values()}) == len(before) == 4
     assert places(replace(settings, seeds=(0, 1), thresholds=(4.0,)), tmp_path)[cell] == before[cell]
+    assert places(replace(settings, thresholds=(4, 5)), tmp_path) == before  # whole numbers are the same numbers
     for changes in ({"sep": "+"}, {"batch_key": "lane"}, {"layer": "log"}, {"split_key": "part"}):
         after = places(replace(settings, **changes), tmp_path)
         assert after[cell].result != before[cell].result

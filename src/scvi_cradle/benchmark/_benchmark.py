@@ -58,7 +58,8 @@ def run_benchmark(
     settings
         What is run.
     out
-        Folder for the results. Several experiments and settings may share it: tables hold those of the last run.
+        Folder for the results, used by one run at a time. Several experiments and settings may share it: tables hold
+        those of the last run.
     jobs
         Number of processes on this machine, each of one thread. A script that asks for several must protect its entry
         by ``if __name__ == "__main__":``.

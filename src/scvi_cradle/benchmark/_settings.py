@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -107,12 +108,11 @@ class BenchmarkSettings:
 
     def cells(self) -> list[Cell]:
         """Return the matrix, those cells first that every table needs."""
-        thresholds = (None,) if self.artifact_key is not None else tuple(self.thresholds or THRESHOLDS)
+        thresholds = (None,) if self.artifact_key is not None else map(float, self.thresholds or THRESHOLDS)
         fractions = (self.fractions or FRACTIONS) if self.experiment in WITH_FRACTIONS else (None,)
         models = self.models or tuple(REGISTRY)
-        return [
-            Cell(self.experiment, f, t, m, s) for s in self.seeds for f in fractions for m in models for t in thresholds
-        ]
+        found = itertools.product(self.seeds, fractions, models, thresholds)
+        return [Cell(self.experiment, None if f is None else float(f), t, m, s) for s, f, m, t in found]
 
 
 def check_settings(settings: BenchmarkSettings) -> None:
