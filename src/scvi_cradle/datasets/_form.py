@@ -117,7 +117,7 @@ def with_labels(adata: AnnData, labels: pd.Series) -> AnnData:
         warnings.warn(
             f"{int((~labelled).sum())} of {len(labelled)} cells have no perturbation label and are left out.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,  # the caller of the reader
         )
         adata, labels = adata[labelled].copy(), labels[labelled]
     canonical = pd.Categorical(labels.astype(str))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from anndata import AnnData
@@ -139,7 +140,8 @@ def norman(
     --------
     prepare_norman : Filters of the papers.
     """
-    return _read("norman", _NORMAN, path, known_hash=known_hash, progress=progress)
+    file = locate("norman", SOURCES["norman"], path=path, known_hash=known_hash, progress=progress)
+    return _read_h5ad(file, _NORMAN)
 
 
 def dixit(
@@ -167,7 +169,8 @@ def dixit(
     -----
     Sources, in this order: figshare (file 34011689), pertpy's copy, GEARS on Dataverse; original data: GSE90063.
     """
-    return _read("dixit", _DIXIT, path, known_hash=known_hash, progress=progress)
+    file = locate("dixit", SOURCES["dixit"], path=path, known_hash=known_hash, progress=progress)
+    return _read_h5ad(file, _DIXIT)
 
 
 def adamson(
@@ -196,7 +199,8 @@ def adamson(
     Sources, in this order: scPerturb on Zenodo (record 7041849), GEARS on Dataverse, pertpy's copy; original data:
     GSE90546. Cells without a guide (``"*"`` or nothing) are left out with a warning.
     """
-    return _read("adamson", _ADAMSON, path, known_hash=known_hash, progress=progress)
+    file = locate("adamson", SOURCES["adamson"], path=path, known_hash=known_hash, progress=progress)
+    return _read_h5ad(file, _ADAMSON)
 
 
 def replogle(
@@ -243,7 +247,9 @@ def replogle(
     """
     check_one_of("screen", screen, ("k562_gwps", "k562_essential"))
     check_one_of("level", level, tuple(_REPLOGLE))
-    return _read(f"replogle_{screen}", _REPLOGLE[level], path, known_hash=known_hash, progress=progress, backed=backed)
+    name = f"replogle_{screen}"
+    file = locate(name, SOURCES[name], path=path, known_hash=known_hash, progress=progress)
+    return _read_h5ad(file, _REPLOGLE[level], backed=backed)
 
 
 def santinha(
@@ -276,7 +282,8 @@ def santinha(
     --------
     prepare_santinha : Filters of the paper on classifiers of perturbed cells.
     """
-    return _read("santinha", _SANTINHA, path, known_hash=known_hash, progress=progress)
+    file = locate("santinha", SOURCES["santinha"], path=path, known_hash=known_hash, progress=progress)
+    return _read_h5ad(file, _SANTINHA)
 
 
 def papalexi(
@@ -307,26 +314,13 @@ def papalexi(
     Source: pertpy's copy. ``setup_mudata`` of the models takes the ``.h5mu`` itself.
     """
     file = locate("papalexi", SOURCES["papalexi"], path=path, known_hash=known_hash, progress=progress)
-    if file.suffix != ".h5mu":
-        adata = read_h5ad(file)
-        adata = in_package_form(adata, read_labels(adata.obs, _PAPALEXI))
-    else:
-        adata = _read_h5mu(file)
+    adata = _read_h5mu(file) if file.suffix == ".h5mu" else _read_h5ad(file, _PAPALEXI)
     if GUIDE_COUNTS in adata.obsm:
         adata.uns[GUIDE_TARGETS] = guide_targets(adata, _PAPALEXI)
     return adata
 
 
-def _read(
-    name: str,
-    form: LabelForm,
-    path: str | os.PathLike[str] | None,
-    *,
-    known_hash: str | None,
-    progress: bool,
-    backed: bool = False,
-) -> AnnData:
-    file = locate(name, SOURCES[name], path=path, known_hash=known_hash, progress=progress)
+def _read_h5ad(file: Path, form: LabelForm, *, backed: bool = False) -> AnnData:
     adata = read_h5ad(file, backed=backed)
     labels = read_labels(adata.obs, form)
     if not backed:
@@ -335,7 +329,7 @@ def _read(
     return with_labels(adata, labels)
 
 
-def _read_h5mu(file: Any) -> AnnData:
+def _read_h5mu(file: Path) -> AnnData:
     import mudata
 
     with warnings.catch_warnings():
