@@ -177,8 +177,8 @@ def prepare_replogle(
     effects and the genes associated with them, 118,461 cells (118,641 in the second paper) x 1,187 genes, 722 guide
     pairs of 20 to 2,000 cells and 2,000 controls. They state no thresholds. **The rule here is this package's own**:
     Welch's t-test on :math:`\log(1 + 10^4 x_{ig} / \sum_h x_{ih})` between the cells of a perturbation and all
-    controls, Benjamini-Hochberg over genes. It gives other cells and genes than the papers had, and its sizes on the full screen have not
-    been measured: read them off the result and say so beside any comparison.
+    controls, Benjamini-Hochberg over genes. It cannot be expected to give the cells and genes of the papers. Its sizes
+    on the full screen have not been measured: read them off the result and name them beside any comparison.
 
     Means and variances take about 40 bytes for every pair of a perturbation and a gene.
     """

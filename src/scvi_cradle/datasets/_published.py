@@ -147,7 +147,7 @@ def norman(
 def dixit(
     path: str | os.PathLike[str] | None = None, *, known_hash: str | None = None, progress: bool = True
 ) -> AnnData:
-    """Read the CRISPR knock-out screen of transcription factors in K562 cells (Dixit et al. 2016).
+    """Read the CRISPR knock-out screen of transcription factors in K562 cells :cite:`dixit2016`.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def dixit(
 def adamson(
     path: str | os.PathLike[str] | None = None, *, known_hash: str | None = None, progress: bool = True
 ) -> AnnData:
-    """Read the CRISPRi screen of the unfolded protein response in K562 cells (Adamson et al. 2016).
+    """Read the CRISPRi screen of the unfolded protein response in K562 cells :cite:`adamson2016`.
 
     Parameters
     ----------
@@ -255,7 +255,7 @@ def replogle(
 def santinha(
     path: str | os.PathLike[str] | None = None, *, known_hash: str | None = None, progress: bool = True
 ) -> AnnData:
-    """Read the in vivo AAV-Perturb-seq screen in mouse cortex (Santinha et al. 2023).
+    """Read the in vivo AAV-Perturb-seq screen in mouse cortex :cite:`santinha2023`.
 
     Parameters
     ----------
@@ -264,8 +264,8 @@ def santinha(
 
     Returns
     -------
-    AnnData in the form that :func:`norman` describes. Guides such as ``"Dgcr8_1"`` are read as their target, non-targeting and safe-harbour guides as
-    ``"control"``. Published content: 29 genes with two guides each.
+    AnnData in the form that :func:`norman` describes. Guides such as ``"Dgcr8_1"`` are read as their target,
+    non-targeting and safe-harbour guides as ``"control"``. Published content: 29 genes with two guides each.
 
     Raises
     ------
