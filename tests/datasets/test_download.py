@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from scvi_cradle.datasets import _download
-from scvi_cradle.datasets._download import Source, data_folder, locate
+from scvi_cradle.datasets._download import data_folder, locate
+from scvi_cradle.datasets._sources import Source
 
 
 def hdf5_bytes(folder: Path, seed: int = 0) -> bytes:

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 
 from scvi_cradle import datasets
 from scvi_cradle.datasets import _published
+from scvi_cradle.datasets._sources import SOURCES
 
 GENES = ["KLF1", "MT-ND1", "RPS3", "HBG2", "GATA1"]
 LOADERS = {
@@ -290,7 +291,7 @@ def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SCVI_CRADLE_DATA", str(tmp_path))
     sources = {
         key: tuple(source._replace(url="http://127.0.0.1:9/" + source.file_name) for source in value)
-        for key, value in _published.SOURCES.items()
+        for key, value in SOURCES.items()
     }
     monkeypatch.setattr(_published, "SOURCES", sources)
     key = "replogle_k562_gwps" if name == "replogle" else name
@@ -301,6 +302,6 @@ def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_mirrors_with_one_file_name_are_of_one_data_set() -> None:
-    names = {key: {source.file_name for source in sources} for key, sources in _published.SOURCES.items()}
+    names = {key: {source.file_name for source in sources} for key, sources in SOURCES.items()}
     assert sum(map(len, names.values())) == len(set().union(*names.values()))
-    assert all(source.url.startswith("https://") for sources in _published.SOURCES.values() for source in sources)
+    assert all(source.url.startswith("https://") for sources in SOURCES.values() for source in sources)

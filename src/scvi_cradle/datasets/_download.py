@@ -8,25 +8,23 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import pooch
-import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from scvi_cradle.datasets._sources import Source
+
+if TYPE_CHECKING:
+    from requests import Response
 
 FOLDER_VARIABLE = "SCVI_CRADLE_DATA"
 _CHUNK = 1 << 16
 _TIMEOUT = 30.0
+_OK, _PARTIAL, _BEYOND_THE_END = 200, 206, 416
 _HDF5_MEMBERS = (".h5ad", ".h5mu")
-
-
-class Source(NamedTuple):
-    """An address and the name that its file gets here; addresses of different files have different names."""
-
-    url: str
-    file_name: str
 
 
 def data_folder() -> Path:
@@ -99,9 +97,9 @@ def _download(name: str, sources: Sequence[Source], folder: Path, known_hash: st
             downloader = _Resuming(_beside(file, ".part"), progress=progress)
             try:
                 pooch.retrieve(source.url, known_hash=expected, fname=file.name, path=folder, downloader=downloader)
-            except requests.RequestException as error:
+            except _NotReceivedError as error:
                 cause = error
-                failures.append(f"{source.url} as {file.name!r} ({_reason(error)})")
+                failures.append(f"{source.url} as {file.name!r} ({error})")
             except ValueError as error:
                 cause, refused = error, True
                 failures.append(f"{source.url} as {file.name!r} (its hash is not {expected!r})")
@@ -116,14 +114,8 @@ def _download(name: str, sources: Sequence[Source], folder: Path, known_hash: st
     raise (ValueError if refused else ConnectionError)(msg) from cause
 
 
-def _reason(error: requests.RequestException) -> str:
-    """Return what happened in few words; the whole story is the cause of the error that is raised."""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"HTTP status {error.response.status_code}"
-    text = str(error)
-    return "not reachable" if "Max retries exceeded" in text else text
+class _NotReceivedError(Exception):
+    """An address did not give the file; the text says why in few words."""
 
 
 class _Resuming:
@@ -138,66 +130,77 @@ class _Resuming:
         self.progress = progress
 
     def __call__(self, url: str, output_file: str, _: object) -> None:
-        longest = 0
         while True:
+            before = self._size()
             try:
                 self._transfer(url)
                 break
-            except requests.RequestException as error:
-                size = self.part.stat().st_size if self.part.is_file() else 0
-                if isinstance(error, requests.HTTPError) or size <= longest:
-                    raise  # without new bytes there is no use in asking again
-                longest = size
+            except _NotReceivedError:
+                if self._size() <= before:  # without new bytes there is no use in asking again
+                    raise
         if not _is_data_file(self.part):
             self._discard()
             msg = "the answer is neither a whole HDF5 file nor a zip archive"
-            raise requests.exceptions.ContentDecodingError(msg)
+            raise _NotReceivedError(msg)
         self.notes.unlink(missing_ok=True)
         self.part.replace(output_file)
+
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.is_file() else 0
 
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
         self.notes.unlink(missing_ok=True)
 
-    def _offset(self, url: str) -> tuple[int, dict[str, Any]]:
-        """Return how many bytes are there already, and what is known about their origin."""
+    def _origin(self, url: str) -> dict[str, Any]:
+        """Return what is known about the part; a part from another address is thrown away."""
         try:
             notes = json.loads(self.notes.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
-            notes = {}
-        fits = isinstance(notes, dict) and notes.get("url") == url and self.part.is_file()
-        return (self.part.stat().st_size, notes) if fits else (0, {})
+            notes = None
+        if isinstance(notes, dict) and notes.get("url") == url:
+            return notes
+        self._discard()
+        return {}
 
     def _transfer(self, url: str) -> None:
-        offset, notes = self._offset(url)
-        if offset and offset == notes.get("total"):  # all had arrived when an earlier call was stopped
+        import requests  # here, because importing it changes the filters of warnings
+
+        notes, offset = self._origin(url), self._size()
+        if offset and offset == notes["total"]:  # all had arrived when an earlier call was stopped
             return
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-            if notes.get("validator"):
+            if notes["validator"]:
                 headers["If-Range"] = notes["validator"]
-        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
-            continued = answer.status_code == requests.codes.partial_content
-            if offset and continued and _content_range(answer) == (offset, notes.get("total")):
-                self._write(answer, offset, notes["total"])
-                return
-            if answer.status_code == requests.codes.ok:
-                plain = answer.headers.get("Content-Encoding", "identity") == "identity"
-                total = int(answer.headers.get("Content-Length", 0)) if plain else 0  # 0: not known
-                self._discard()
-                self.notes.write_text(json.dumps({"url": url, "validator": _validator(answer), "total": total}))
-                self._write(answer, 0, total)
-                return
-            other_file = continued or answer.status_code == requests.codes.requested_range_not_satisfiable
-            if not (offset and other_file):
-                answer.raise_for_status()
-                msg = f"unexpected status {answer.status_code} {answer.reason}"
-                raise requests.HTTPError(msg)
-        self._discard()
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
+                status = answer.status_code
+                if status == _OK:
+                    plain = answer.headers.get("Content-Encoding", "identity") == "identity"
+                    total = int(answer.headers.get("Content-Length", 0)) if plain else 0  # 0: not known
+                    self._discard()
+                    self.notes.write_text(json.dumps({"url": url, "validator": _validator(answer), "total": total}))
+                    self._write(answer, 0, total)
+                    return
+                if offset and status == _PARTIAL and _content_range(answer) == (offset, notes["total"]):
+                    self._write(answer, offset, notes["total"])
+                    return
+        except requests.Timeout as error:
+            msg = f"no answer within {_TIMEOUT:.0f} s"
+            raise _NotReceivedError(msg) from error
+        except requests.RequestException as error:
+            text = str(error)
+            msg = "not reachable" if "Max retries exceeded" in text else text
+            raise _NotReceivedError(msg) from error
+        if not (offset and status in (_PARTIAL, _BEYOND_THE_END)):
+            msg = f"HTTP status {status}"
+            raise _NotReceivedError(msg)
+        self._discard()  # the file on the server is another one by now
         self._transfer(url)
 
-    def _write(self, answer: requests.Response, offset: int, total: int) -> None:
+    def _write(self, answer: Response, offset: int, total: int) -> None:
         size = {"total": total or None, "initial": offset, "unit": "B", "unit_scale": True}
         with (
             self.part.open("ab" if offset else "wb") as out,
@@ -206,10 +209,9 @@ class _Resuming:
             for chunk in answer.iter_content(_CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))
-        arrived = self.part.stat().st_size
-        if total and arrived != total:
-            msg = f"the connection ended after {arrived} of {total} bytes"
-            raise requests.exceptions.ConnectionError(msg)
+        if total and self._size() != total:
+            msg = f"the connection ended after {self._size()} of {total} bytes"
+            raise _NotReceivedError(msg)
 
 
 def _is_data_file(file: Path) -> bool:
@@ -225,13 +227,13 @@ def _beside(file: Path, suffix: str) -> Path:
     return file.with_name(file.name + suffix)
 
 
-def _validator(answer: requests.Response) -> str:
+def _validator(answer: Response) -> str:
     """Return what makes a server notice that its file has changed; a weak ETag does not serve for ranges."""
     etag = answer.headers.get("ETag", "")
     return answer.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
 
 
-def _content_range(answer: requests.Response) -> tuple[int, int]:
+def _content_range(answer: Response) -> tuple[int, int]:
     """Return start and total of ``Content-Range: bytes start-end/total``; anything else gives (-1, -1)."""
     unit, _, values = answer.headers.get("Content-Range", "").partition(" ")
     span, _, total = values.partition("/")

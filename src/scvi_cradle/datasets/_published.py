@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scvi_cradle._validation import check_one_of
-from scvi_cradle.datasets._download import Source, locate
+from scvi_cradle.datasets._download import locate
 from scvi_cradle.datasets._form import (
     GUIDE_COUNTS,
     GUIDE_TARGETS,
@@ -24,43 +24,7 @@ from scvi_cradle.datasets._form import (
     with_counts,
     with_labels,
 )
-
-_PERTPY = "https://exampledata.scverse.org/pertpy"
-_DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile"
-_FIGSHARE = "https://ndownloader.figshare.com/files"
-_ZENODO = "https://zenodo.org/records"
-
-# Addresses as other projects give them, first choice first; none publishes a checksum.
-SOURCES: dict[str, tuple[Source, ...]] = {
-    "norman": (
-        Source(f"{_PERTPY}/norman_2019.h5ad", "norman_2019.h5ad"),
-        Source(f"{_FIGSHARE}/34027562", "norman_2019.h5ad"),
-        Source(f"{_DATAVERSE}/6154020", "norman_gears.zip"),
-    ),
-    "dixit": (
-        Source(f"{_FIGSHARE}/34011689", "dixit_2016_figshare.h5ad"),
-        Source(f"{_PERTPY}/dixit_2016.h5ad", "dixit_2016.h5ad"),
-        Source(f"{_DATAVERSE}/6154416", "dixit_gears.zip"),
-    ),
-    "adamson": (
-        Source(
-            f"{_ZENODO}/7041849/files/AdamsonWeissman2016_GSM2406681_10X010.h5ad",
-            "AdamsonWeissman2016_GSM2406681_10X010.h5ad",
-        ),
-        Source(f"{_DATAVERSE}/6154417", "adamson_gears.zip"),
-        Source(f"{_PERTPY}/adamson_2016_upr_perturb_seq.h5ad", "adamson_2016_upr_perturb_seq.h5ad"),
-    ),
-    "replogle_k562_gwps": (Source(f"{_PERTPY}/replogle_2022_k562_gwps.h5ad", "replogle_2022_k562_gwps.h5ad"),),
-    "replogle_k562_essential": (
-        Source(f"{_PERTPY}/replogle_2022_k562_essential.h5ad", "replogle_2022_k562_essential.h5ad"),
-        Source(f"{_DATAVERSE}/7458695", "replogle_k562_essential_gears.zip"),
-    ),
-    "santinha": (
-        Source(f"{_ZENODO}/13350497/files/SantinhaPlatt2023.h5ad", "SantinhaPlatt2023.h5ad"),
-        Source(f"{_ZENODO}/7041849/files/SantinhaPlatt2023.h5ad", "SantinhaPlatt2023.h5ad"),
-    ),
-    "papalexi": (Source(f"{_PERTPY}/papalexi_2021.h5mu", "papalexi_2021.h5mu"),),
-}
+from scvi_cradle.datasets._sources import SOURCES
 
 _NORMAN = LabelForm(
     columns=("guide_ids", "perturbation_name", "condition", "guide_identity", "perturbation"),
