@@ -256,7 +256,7 @@ def test_multimodal_papalexi(tmp_path: Path) -> None:
 
 
 def test_labels_of_the_guide_modality(tmp_path: Path) -> None:
-    rna = made({"replicate": ["1", "2"]})
+    rna = made({"replicate": ["1", "2"], "perturbation": ["NT", "Perturbed"]})  # says whether, not what
     gdo = ad.AnnData(
         np.eye(2, dtype=np.float32),
         obs=pd.DataFrame({"guide_ID": ["NTg1", "JAK2g3"]}, index=rna.obs_names),
