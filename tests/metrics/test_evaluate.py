@@ -15,17 +15,26 @@ from scvi_cradle.metrics import (
     pearson_delta,
     perturbation_discrimination,
 )
+from scvi_cradle.metrics._panel import Panel, score_panel
+from scvi_cradle.metrics._report import build_report
 
 METRICS = {
     "pearson_delta",
     "pearson_delta_perturbed_mean",
+    "pearson_delta_top_20",
     "perturbation_discrimination",
     "ate_pearson",
     "ate_r2",
+    "ate_pearson_top_20",
+    "ate_r2_top_20",
     "jaccard_top_20",
     "jaccard_top_50",
+    "energy_distance",
 }
-COLUMNS = ["value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "n_perturbations", "note"]
+COLUMNS = [
+    *("value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "scaled_low", "scaled_high"),
+    *("n_perturbations", "note"),
+]
 LABELS = [f"p{i}" for i in range(8)]
 
 
@@ -108,13 +117,13 @@ def test_perturbed_mean_by_hand(report, real, replicate, train) -> None:
 
 def test_scaled_is_zero_for_the_baseline_and_about_one_for_a_repeat(report, real, train) -> None:
     expected = (report["value"] - report["baseline"]) / (report["ceiling"] - report["baseline"])
-    defined = report["ceiling"] > report["baseline"]
-    assert defined.sum() >= 6
+    better = report["ceiling"] > report["baseline"]
+    defined = better.where(report.index != "energy_distance", ~better)
+    assert defined.sum() >= 9
     np.testing.assert_allclose(report.loc[defined, "scaled"], expected[defined])
     assert report.loc[~defined, "scaled"].isna().all()
     assert report.loc[~defined, "note"].str.contains("scaled is undefined").all()
-    # the repeat has all cells, the ceiling half of them
-    assert report.loc["pearson_delta", "scaled"] == pytest.approx(1.0, abs=0.15)
+    assert report.loc["pearson_delta", "scaled"] == pytest.approx(1.0, abs=0.05)
     assert report.loc["perturbation_discrimination", "baseline"] == pytest.approx(0.5)
     pooled = without_controls(train)
     rng = np.random.default_rng(0)
@@ -142,25 +151,27 @@ def test_intervals(report, real, replicate, train) -> None:
     np.testing.assert_array_equal(none["value"], report["value"])
 
 
-def test_intervals_cover_the_mean_over_many_perturbations() -> None:
-    """Perturbations of different strength: 95 % intervals of 20 draws of them contain the overall mean."""
-    from scvi_cradle.metrics._panel import Panel, bootstrap_panel, score_panel
-
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+def test_intervals_cover_the_score_of_all_perturbations(spread) -> None:
+    """95 % intervals from 20 perturbations of different strength against the score of 4,000."""
     rng = np.random.default_rng(0)
-    noise = rng.uniform(0.2, 3.0, size=(4000, 1))
-    truth = rng.normal(size=(4000, 40))
-    guess = truth + noise * rng.normal(size=truth.shape)
+    effects = np.exp(spread * rng.normal(size=(4000, 1))) * rng.normal(size=(4000, 40))
+    truth, guess = (effects + noise * rng.normal(size=effects.shape) for noise in (0.5, 1.0))
     everything = np.ones(40, dtype=bool)
+    names = ["pearson_delta", "pearson_delta_top_20", "ate_pearson", "ate_r2", "jaccard_top_20"]
     overall = score_panel(Panel(truth, guess, truth, guess, everything))
-    hits = dict.fromkeys(["pearson_delta", "ate_pearson"], 0)
-    for _ in range(100):
+    hits = dict.fromkeys(names, 0)
+    for _ in range(200):
         rows = rng.choice(4000, size=20, replace=False)
         part = Panel(truth[rows], guess[rows], truth[rows], guess[rows], everything)
-        for name, (low, high) in bootstrap_panel(part, 200, rng).items():
-            if name in hits:
-                hits[name] += low <= overall[name] <= high
-    assert hits["pearson_delta"] >= 87
-    assert hits["ate_pearson"] >= 80
+        table = build_report(
+            *(part, part), lambda _, w: np.ones(len(w)), names=names, n_bootstrap=100, rng=rng, notes=[]
+        )
+        for name in names:
+            hits[name] += table.loc[name, "ci_low"] <= overall[name] <= table.loc[name, "ci_high"]
+    # three standard errors of 200 runs are .046; strongly unequal perturbations cost some coverage
+    assert min(hits.values()) >= (0.84 if spread else 0.89) * 200, hits
+    assert max(hits.values()) <= 0.995 * 200, hits
 
 
 def test_null_prediction_without_controls_does_not_profit_from_the_truths_controls() -> None:
@@ -191,7 +202,7 @@ def test_notes_say_what_was_done(real, replicate, train) -> None:
     assert "60 control cells of `real` are also in `train`" in leaked
     assert "`train`: shared" not in full
     jaccard = evaluate(real, replicate, train=train, n_bootstrap=0).loc["jaccard_top_20", "note"]
-    assert "by chance about 0.200" in jaccard
+    assert "by chance 0.203" in jaccard
 
 
 def test_one_perturbation_is_defined_and_said(real, replicate, train) -> None:

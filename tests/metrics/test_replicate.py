@@ -63,7 +63,7 @@ def test_seeded_and_order_of_genes_does_not_matter() -> None:
     assert not first.equals(replicate_ceiling(cells, "perturbation", n_repeats=2, seed=4))
     turned = replicate_ceiling(cells[:, ::-1].copy(), "perturbation", n_repeats=2, seed=3)
     np.testing.assert_allclose(turned.loc["ate_pearson", "mean"], first.loc["ate_pearson", "mean"])
-    assert list(first.columns) == ["mean", "sd"]
+    assert list(first.columns) == ["mean", "sd", "full_size"]
     assert first.index.name == "metric"
 
 

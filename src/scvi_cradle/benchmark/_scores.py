@@ -9,20 +9,14 @@ import pandas as pd
 from anndata import AnnData
 
 from scvi_cradle import baselines
-from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import get_matrix
 from scvi_cradle._qc import flag_cells, qc_metrics, record_gene_masks
 from scvi_cradle.benchmark._prepare import LOGGER, TRUE_ARTIFACT, DemoSettings, Prepared
-from scvi_cradle.metrics import average_treatment_effects
-from scvi_cradle.metrics._effects import align_effects
-from scvi_cradle.metrics._evaluate import REPORT_COLUMNS
-from scvi_cradle.metrics._panel import METRICS, Panel, bootstrap_panel, score_panel
-from scvi_cradle.metrics._replicate import Cells, can_be_halved, replicate_scores
+from scvi_cradle.metrics import ate_pearson, average_treatment_effects, evaluate_effects, replicate_ceiling
 from scvi_cradle.model import CradleVAE
 
 MODEL = "CradleVAE"
 BASELINES = ("ShrunkenEffects", "Additive", "PerturbedMean", "ControlMean")
-REFERENCE = "PerturbedMean"
 CEILING = "replicate"
 KNOWN = "known_effects_pearson"
 N_PARTICLES = 1_000
@@ -63,7 +57,7 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
     -----
     Measured effects come from held-out cells and from controls that no method was fitted on. Model and baselines
     predict effects against their own training controls; baselines are fitted on training cells that passed. The
-    replicate is one half of all passed cells of the held-out perturbations and of the controls against the other half.
+    replicate repeats the experiment with as many cells of the held-out perturbations and controls as passed in all.
     """
     arguments = settings.label_arguments | {"layer": settings.layer}
     labels = prepared.held_out
@@ -76,48 +70,23 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
             predicted[name] = getattr(baselines, name)().fit(train, **arguments).get_average_treatment_effects(labels)
         except ValueError as error:
             LOGGER.info("      %s is left out: %s", name, error)
-    rule = LabelRule.create(list(settings.control), settings.sep)
     scored = np.isin(prepared.labels, [*labels, prepared.control_name]) & ~prepared.failed
-    cells = Cells.read(prepared.adata[scored], settings.key, rule, layer=settings.layer, name="data")
-    rng = np.random.default_rng(settings.seed)
-    ceiling = replicate_scores(cells, can_be_halved(cells, labels), n_repeats=N_REPEATS, rng=rng).mean()
-    targets = {t for label in set(prepared.labels) for t in rule.treatments(label)}
-    kept = ~real.var_names.isin(sorted(targets))
-    panels = {name: _panel(real, effects, raw, kept) for name, effects in predicted.items()}
-    baseline = score_panel(panels[REFERENCE])
-    tables = {name: _report(panel, baseline, ceiling, settings.seed) for name, panel in panels.items()}
+    ceiling = replicate_ceiling(prepared.adata[scored], **arguments, n_repeats=N_REPEATS, seed=settings.seed)
+    tables = {
+        name: evaluate_effects(
+            real, effects, train=raw, ceiling=ceiling, sep=settings.sep, n_bootstrap=N_BOOTSTRAP, seed=settings.seed
+        )
+        for name, effects in predicted.items()
+    }
     table = pd.DataFrame({name: scores["value"] for name, scores in tables.items()})
-    table[CEILING] = ceiling
-    table = table.drop(index="jaccard_top_20")
+    table[CEILING] = ceiling["full_size"]
+    table = table.loc[[name for name in table.index if not name.endswith("top_20")]]
     known = _known_effects(prepared.adata, labels)
     if known is not None:
         table.loc[KNOWN] = {
-            name: _flat_pearson(known, effects) for name, effects in (predicted | {CEILING: real}).items()
+            name: ate_pearson(known, effects) for name, effects in (predicted | {CEILING: real}).items()
         }
     return Scores(tables, table, real, predicted[MODEL])
-
-
-def _panel(real: AnnData, predicted: AnnData, raw: AnnData, kept: np.ndarray) -> Panel:
-    """Put effects side by side; shifts are changes from the mean of the training perturbations."""
-    truth, guess = (frame.to_numpy() for frame in align_effects(real, predicted))
-    mean_effect = np.asarray(raw.X).mean(axis=0)
-    # measured cells against the mean training perturbation: no controls enter
-    offset = real.var["control_mean"].to_numpy() - raw.var["control_mean"].to_numpy()
-    return Panel(truth, guess, truth + offset - mean_effect, guess - mean_effect, kept)
-
-
-def _report(panel: Panel, baseline: dict[str, float], ceiling: pd.Series, seed: int) -> pd.DataFrame:
-    value = score_panel(panel)
-    n = len(panel.real)
-    intervals = bootstrap_panel(panel, N_BOOTSTRAP, np.random.default_rng(seed)) if n > 1 else {}
-    rows = {}
-    for name in METRICS:
-        low, high = intervals.get(name, (value[name], value[name]))
-        room = float(ceiling[name]) - baseline[name]
-        scaled = (value[name] - baseline[name]) / room if room > 0 else np.nan
-        note = "" if room > 0 else "scaled is undefined: the ceiling is not above the baseline"
-        rows[name] = [value[name], low, high, baseline[name], float(ceiling[name]), scaled, n, note]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")
 
 
 def _known_effects(adata: AnnData, labels: list[str]) -> pd.DataFrame | None:
@@ -127,11 +96,6 @@ def _known_effects(adata: AnnData, labels: list[str]) -> pd.DataFrame | None:
     if not isinstance(known, pd.DataFrame) or not set(labels) <= set(known.index):
         return None
     return known.loc[labels] if set(known.columns) == set(adata.var_names) else None
-
-
-def _flat_pearson(real: pd.DataFrame, predicted: AnnData) -> float:
-    x, y = (frame.to_numpy().ravel() for frame in align_effects(real, predicted))
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(y) > 0 else 0.0
 
 
 def quality_table(prepared: Prepared, generated: dict[str, AnnData], settings: DemoSettings) -> pd.DataFrame | None:

@@ -1,4 +1,4 @@
-"""The report: every score with an interval, what knows nothing scores, and what a repeat of the experiment scores."""
+"""The report on predicted cells, and on predicted effects."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
 from scvi_cradle._matrix import row_sums
 from scvi_cradle._validation import check_positive, preview
-from scvi_cradle.metrics._panel import METRICS, Panel, bootstrap_panel, score_panel
-from scvi_cradle.metrics._replicate import Cells, can_be_halved, replicate_scores
-from scvi_cradle.metrics._scores import is_constant
+from scvi_cradle.metrics._cells import Cells, check_predicted, check_same_genes
+from scvi_cradle.metrics._distances import energy_distance
+from scvi_cradle.metrics._panel import Panel
+from scvi_cradle.metrics._replicate import MAX_CELLS, can_be_parted, replicate
+from scvi_cradle.metrics._report import build_report
 
 N_REPEATS = 5
-REPORT_COLUMNS = ["value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "n_perturbations", "note"]
+DEPTH_RATIO = 1.2
 
 
 class _Comparison(NamedTuple):
@@ -36,6 +37,7 @@ def evaluate(
     sep: str | None = "+",
     train: AnnData | None = None,
     layer: str | None = None,
+    exclude_targets: bool = False,
     n_bootstrap: int = 200,
     seed: int | None = 0,
 ) -> pd.DataFrame:
@@ -59,23 +61,29 @@ def evaluate(
         perturbations. ``None``: the perturbations of ``real`` that are not scored (all, where all are scored).
     layer
         Layer with the counts; ``None``: ``X``. ``predicted`` may lack the layer; then its ``X`` is taken.
+    exclude_targets
+        Leave the genes that a perturbation targets out of its scores on effects: a knock-down of its own target is easily
+        predicted. Target genes still count for other perturbations.
     n_bootstrap
-        Draws of perturbations with replacement for the interval; 0: no interval.
+        Draws of perturbations with replacement for the intervals; 0: no interval.
     seed
-        Seed of the halves and of the bootstrap.
+        Seed of the parts and of the bootstrap.
 
     Returns
     -------
     DataFrame indexed by metric:
 
-    - ``value``; ``ci_low``, ``ci_high``: 95 % bootstrap interval over perturbations (equal to ``value`` for a single
-      perturbation or ``n_bootstrap=0``),
+    - ``value``; ``ci_low``, ``ci_high``: 95 % interval for other perturbations of the same kind, Student's quantile
+      times the bootstrap standard error over perturbations (equal to ``value`` for a single perturbation or
+      ``n_bootstrap=0``),
     - ``baseline``: the mean effect of the training perturbations, predicted for every perturbation,
-    - ``ceiling``: one half of the real cells against the other, as in :func:`replicate_ceiling`,
-    - ``scaled``: ``(value - baseline) / (ceiling - baseline)``; NaN, with a note, where the ceiling is not above the
-      baseline and no prediction could be told from knowing nothing,
+    - ``ceiling``: a repeat of the experiment with as many cells as ``real`` has, extrapolated from halves and quarters
+      (``full_size`` of :func:`replicate_ceiling`),
+    - ``scaled``: ``(value - baseline) / (ceiling - baseline)``, with its interval ``scaled_low``, ``scaled_high`` from the
+      same draws; NaN, with a note, where the ceiling is not better than the baseline and no prediction could be told
+      from knowing nothing,
     - ``n_perturbations``: number of scored perturbations,
-    - ``note``: which controls and which baseline were used, and what is undefined.
+    - ``note``: which cells, space, library sizes, controls and baseline were used, and what is undefined.
 
     Raises
     ------
@@ -93,71 +101,62 @@ def evaluate(
 
     **Metrics** on differences of mean ``log2(1 + 1e4 x / total)``. ``pearson_delta``: mean over perturbations of
     Pearson's correlation (0 where one side is constant); ``pearson_delta_perturbed_mean``: the same for changes from
-    the mean of the training perturbations (the truth enters without its controls); ``perturbation_discrimination``:
-    :func:`perturbation_discrimination` without the genes that are targets; ``ate_pearson``, ``ate_r2``: over the
-    flattened effects; ``jaccard_top_20``, ``jaccard_top_50``.
+    the mean of the training perturbations (the truth enters without its controls); ``pearson_delta_top_20``: over the 20
+    genes with the largest absolute true effects; ``perturbation_discrimination``: :func:`perturbation_discrimination`
+    without the genes that are targets; ``ate_pearson``, ``ate_r2`` and their ``_top_20``: over the flattened effects;
+    ``jaccard_top_20``, ``jaccard_top_50``. ``energy_distance``: mean over perturbations of :func:`energy_distance` between
+    real and predicted cells; its baseline are cells of all training perturbations alike. It sees what means do not:
+    collapsed or too noisy cells, and another library size.
     """
     check_positive("n_bootstrap", n_bootstrap, integer=True, allow_zero=True)
     rule = LabelRule.create(control, sep)
     rng = np.random.default_rng(seed)
     truth = Cells.read(real, perturbation_key, rule, layer=layer, name="real")
-    other = _read_predicted(predicted, perturbation_key, rule, layer)
+    other = Cells.read_predicted(predicted, perturbation_key, rule, layer)
     training = None if train is None else Cells.read(train, perturbation_key, rule, layer=layer, name="train")
-    labels = _scored_labels(truth, other, training)
-    halvable = can_be_halved(truth, labels)
-    comparison = _compare(truth, other, training, labels, rng)
-    ceiling = replicate_scores(truth, labels, n_repeats=N_REPEATS, rng=rng).mean()
-    intervals = bootstrap_panel(comparison.predicted, n_bootstrap, rng) if n_bootstrap and len(labels) > 1 else {}
-    others = {"predicted": (predicted, other), "train": (train, training)}
-    notes = comparison.notes + _sharing_notes(others, real, truth)
-    notes.append(f"ceiling: halves of the real cells with separate controls, mean of {N_REPEATS}")
-    if left_out := sorted(set(labels) - set(halvable)):
-        notes.append(f"ceiling without labels of one cell ({preview(left_out)})")
-    if not intervals:
-        notes.append("no interval: " + ("one perturbation" if n_bootstrap else "n_bootstrap=0"))
-    return _report(comparison, ceiling, intervals, notes)
-
-
-def _read_predicted(predicted: AnnData, perturbation_key: str, rule: LabelRule, layer: str | None) -> Cells:
-    key, own_layer = perturbation_key, layer
-    if isinstance(predicted, AnnData):
-        if key not in predicted.obs and COLUMNS.PERTURBATION in predicted.obs:
-            key = COLUMNS.PERTURBATION
-        own_layer = layer if layer in predicted.layers else None
-    named = LabelRule(tuple(dict.fromkeys((*rule.control, rule.control_name))), rule.sep, rule.missing_is_control)
-    return Cells.read(predicted, key, named, layer=own_layer, name="predicted", need_control=False)
-
-
-def _scored_labels(truth: Cells, other: Cells, training: Cells | None) -> list[str]:
-    for cells, name in ((other, "predicted"), (training, "train")):
-        if cells is not None and set(cells.genes) != set(truth.genes):
-            n_common = len(truth.genes.intersection(cells.genes))
-            msg = (
-                f"`{name}` must hold the genes of `real`; received {len(cells.genes)} genes, {n_common} among the "
-                f"{len(truth.genes)} of `real`: subset both to the genes in common."
-            )
+    check_predicted(truth, other)
+    if training is not None:
+        check_same_genes(truth, training, "train")
+        if not training.perturbations:
+            msg = "`train` must hold cells of at least one perturbation for the baseline; received only controls."
             raise ValueError(msg)
-    if not other.perturbations:
-        msg = "`predicted` must hold cells of at least one perturbation; received only controls or no cell."
-        raise ValueError(msg)
-    unknown = sorted(set(other.perturbations) - set(truth.perturbations))
-    if unknown:
-        msg = f"Every perturbation of `predicted` must have real cells; received {preview(unknown)} without any: drop them from `predicted`."
-        raise ValueError(msg)
-    if training is not None and not training.perturbations:
-        msg = "`train` must hold cells of at least one perturbation for the baseline; received only controls."
-        raise ValueError(msg)
-    return other.perturbations
+    labels = other.perturbations
+    can_be_parted(truth, labels)  # before anything is computed
+    comparison = _compare(truth, other, training, labels, exclude_targets, rng)
+    parts = replicate(truth, labels, n_repeats=N_REPEATS, rng=rng, exclude_targets=exclude_targets, distances=True)
+    column = [labels.index(label) for label in parts.labels]
+    others = {"predicted": (predicted, other), "train": (train, training)}
+    notes = [*comparison.notes, *_depth_notes(truth, other, labels), *_sharing_notes(others, real, truth), parts.note]
+    if left_out := sorted(set(labels) - set(parts.labels)):
+        notes.append(f"ceiling without labels of too few cells ({preview(left_out)})")
+    if exclude_targets:
+        notes.append("targets of a perturbation left out of its effects")
+    return build_report(
+        comparison.predicted,
+        comparison.baseline,
+        lambda name, weights: parts.full_size(name, weights[:, column]),
+        names=parts.names,
+        n_bootstrap=n_bootstrap,
+        rng=rng,
+        notes=notes,
+    )
 
 
 def _compare(
-    truth: Cells, other: Cells, training: Cells | None, labels: list[str], rng: np.random.Generator
+    truth: Cells,
+    other: Cells,
+    training: Cells | None,
+    labels: list[str],
+    exclude_targets: bool,  # noqa: FBT001
+    rng: np.random.Generator,
 ) -> _Comparison:
     """Take effects of truth, prediction and baseline so that the truth shares its controls with neither of them."""
     control = truth.rule.control_name
     own_control = control in other.labels
-    half = None if own_control and training is not None else truth.halves(rng, among=[control])
-    real_means, spare = truth.means(half)
+    if own_control and training is not None:
+        real_means = spare = truth.means()[0]
+    else:
+        real_means, spare = truth.means(truth.parts(rng, 2, among=[control]), 2)
     predicted_means = other.means()[0][truth.genes]
     base_means, base_control, base_note = _baseline_means(real_means, spare, truth, training, labels)
     if own_control:
@@ -174,11 +173,34 @@ def _compare(
     real_shifts = (real_means.loc[labels] - base_means).to_numpy()
     constant = np.tile((base_means - base_control).to_numpy(), (len(labels), 1))
     kept = truth.untargeted_genes()
+    scored = ~truth.targets(labels) if exclude_targets else None
+    pool = training or truth
+    known = training.perturbations if training else (sorted(set(truth.perturbations) - set(labels)) or labels)
+    of_prediction, of_pool = _cell_distances(truth, other, pool, labels, known, rng)
     return _Comparison(
-        Panel(real_effects, effects.to_numpy(), real_shifts, shifts.to_numpy(), kept),
-        Panel(real_effects, constant, real_shifts, np.zeros_like(constant), kept),
+        Panel(real_effects, effects.to_numpy(), real_shifts, shifts.to_numpy(), kept, scored, of_prediction),
+        Panel(real_effects, constant, real_shifts, np.zeros_like(constant), kept, scored, of_pool),
         [note, base_note],
     )
+
+
+def _cell_distances(
+    truth: Cells, other: Cells, pool: Cells, labels: list[str], known: list[str], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the energy distance of real cells from predicted ones and from cells of any known perturbation."""
+    any_cells = pool.expression(pool.draw(known, MAX_CELLS, rng), truth.genes)
+    out = np.full((2, len(labels)), np.nan)
+    for i, label in enumerate(labels):
+        n = min(int(truth.n_cells[label]), int(other.n_cells[label]), len(any_cells), MAX_CELLS)
+        if n < 2:
+            continue
+        real = truth.expression(truth.draw([label], n, rng), truth.genes)
+        guess = other.expression(other.draw([label], n, rng), truth.genes)
+        out[0, i], out[1, i] = (
+            energy_distance(real, guess),
+            energy_distance(real, any_cells[rng.permutation(len(any_cells))[:n]]),
+        )
+    return out[0], out[1]
 
 
 def _baseline_means(
@@ -200,6 +222,21 @@ def _baseline_means(
     return real_means.loc[known].mean(), spare.loc[control], f"{note}, against a half of the real controls of its own"
 
 
+def _depth_notes(truth: Cells, other: Cells, labels: list[str]) -> list[str]:
+    """Say how many cells there are, in which space they are compared, and how deep they are."""
+    said, depths = [], []
+    for cells, name in ((truth, "real"), (other, "predicted")):
+        chosen = np.isin(cells.codes, [cells.labels.index(x) for x in labels])
+        totals = row_sums(cells.matrix)
+        depths.append(float(np.median(totals[chosen])))
+        n_controls = int(cells.n_cells.get(cells.rule.control_name, 0))
+        said.append(f"{name}: {int(chosen.sum())} cells and {n_controls} controls, median total {depths[-1]:.0f}")
+    shallow, deep = sorted(depths)
+    if deep > DEPTH_RATIO * shallow:
+        said.append("library sizes differ, which moves means of log expression: generate at observed library sizes")
+    return [*said, "space: log2(1 + 1e4 x / total)"]
+
+
 def _sharing_notes(inputs: dict[str, tuple[AnnData | None, Cells | None]], real: AnnData, truth: Cells) -> list[str]:
     """Say where control cells of `real` occur in another input: same name and same total."""
     own = _control_totals(real, truth)
@@ -219,46 +256,3 @@ def _control_totals(adata: AnnData, cells: Cells) -> pd.Series:
     rows = np.flatnonzero(cells.codes == cells.labels.index(cells.rule.control_name))
     totals = pd.Series(row_sums(cells.matrix[rows]), index=adata.obs_names[rows])
     return totals[~totals.index.duplicated()]
-
-
-def _report(
-    comparison: _Comparison, ceiling: pd.Series, intervals: dict[str, tuple[float, float]], notes: list[str]
-) -> pd.DataFrame:
-    value, baseline = score_panel(comparison.predicted), score_panel(comparison.baseline)
-    n = len(comparison.predicted.real)
-    rows = {}
-    for name in METRICS:
-        low, high = intervals.get(name, (value[name], value[name]))
-        room = float(ceiling[name]) - baseline[name]
-        scaled = (value[name] - baseline[name]) / room if room > 0 else np.nan
-        said = notes + _metric_notes(name, comparison.predicted)
-        if room <= 0:
-            said.append("scaled is undefined: the ceiling is not above the baseline")
-        elif scaled > 1:
-            said.append(
-                "above the ceiling: the prediction is less noisy than one half of the real cells, or has seen them"
-            )
-        rows[name] = [value[name], low, high, baseline[name], float(ceiling[name]), scaled, n, "; ".join(said)]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")
-
-
-def _metric_notes(name: str, panel: Panel) -> list[str]:
-    n, n_genes = panel.real.shape
-    if name.startswith("jaccard"):
-        k = int(name.rsplit("_", 1)[1])
-        if k >= n_genes:
-            return [f"only {n_genes} genes: every gene with an effect is among the top {k}"]
-        return [f"by chance about {k / (2 * n_genes - k):.3f}"]
-    if name == "perturbation_discrimination":
-        if n == 1:
-            return ["one perturbation: undefined, set to 0.5"]
-        return [f"chance 0.5; {int((~panel.kept).sum())} genes that are targets left out"]
-    sides = (
-        (panel.real_shift, panel.predicted_shift) if name.endswith("perturbed_mean") else (panel.real, panel.predicted)
-    )
-    constant = int((is_constant(sides[0]) | is_constant(sides[1])).sum())
-    if name.startswith("pearson_delta") and constant:
-        return [f"{constant} of {n} perturbations have a constant change: undefined, counted as 0"]
-    if name.startswith("ate") and any(np.ptp(side) == 0 for side in sides):
-        return ["all effects of one side are equal: a correlation is undefined, set to 0"]
-    return []

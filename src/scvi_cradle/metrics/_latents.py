@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LinearRegression
 
 from scvi_cradle._validation import check_one_of, check_unique_names, preview
-from scvi_cradle.metrics._scores import unit_rows
+from scvi_cradle.metrics._rows import unit_rows
 
 Mask: TypeAlias = AnnData | pd.DataFrame | np.ndarray
 _LAYER = "mask_prob"

@@ -7,85 +7,21 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from scipy.stats import hypergeom
 
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.metrics._effects import Effects, align_effects, as_frame
-
-CONSTANT = 1e-10  # a vector whose spread is below this share of its size counts as constant
-
-
-def unit_rows(values: np.ndarray, *, centre: bool) -> np.ndarray:
-    """Scale every row to length one, after taking off its mean if asked; rows without spread become zero."""
-    moved = values - values.mean(axis=1, keepdims=True) if centre else values
-    length = np.linalg.norm(moved, axis=1, keepdims=True)
-    known = length > CONSTANT * np.linalg.norm(values, axis=1, keepdims=True)
-    return np.where(known, moved / np.where(known, length, 1.0), 0.0)
+from scvi_cradle.metrics._rows import discrimination_rows, flat_pearson, flat_r2, flat_sums, jaccard_rows, pearson_rows
+from scvi_cradle.metrics._rows import top_k as strongest_genes
 
 
-def pearson_rows(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation of every row; 0 where one side is constant."""
-    return np.clip((unit_rows(real, centre=True) * unit_rows(predicted, centre=True)).sum(axis=1), -1.0, 1.0)
-
-
-def is_constant(values: np.ndarray) -> np.ndarray:
-    """Return for every row whether all of its values are equal, which leaves a correlation undefined."""
-    return np.asarray(~unit_rows(values, centre=True).any(axis=1))
-
-
-def jaccard_rows(real: np.ndarray, predicted: np.ndarray, k: int) -> np.ndarray:
-    """Return the Jaccard index of the ``k`` largest absolute non-zero effects of every row."""
-    first, second = top_k(real, k), top_k(predicted, k)
-    union = (first | second).sum(axis=1)
-    return (first & second).sum(axis=1) / np.maximum(union, 1)
-
-
-def top_k(values: np.ndarray, k: int) -> np.ndarray:
-    """Mark the ``k`` largest absolute non-zero values of every row; ties go to the first gene."""
-    size = np.abs(values)
-    chosen = np.argsort(-size, axis=1, kind="stable")[:, :k]
-    marked = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(marked, chosen, values=True, axis=1)
-    return marked & (size > 0)
-
-
-def discrimination_rows(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return for every row 1 - (rank of its own truth among all truths by cosine distance) / (n - 1)."""
-    n = len(real)
-    if n < 2:
-        return np.full(n, 0.5)
-    similarity = unit_rows(predicted, centre=False) @ unit_rows(real, centre=False).T  # (predicted, real)
-    lead = similarity - np.diagonal(similarity)[:, None]
-    tied = np.abs(lead) <= CONSTANT
-    closer = ((lead > 0) & ~tied).sum(axis=1) + (tied.sum(axis=1) - 1) / 2.0
-    return 1.0 - closer / (n - 1)
-
-
-def flat_sums(real: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return what each row adds to a correlation over all rows: n, x, y, xx, yy, xy; shape ``(n_perturbations, 6)``."""
-    shift = real.mean()
-    x, y = real - shift, predicted - shift
-    ones = np.full(len(x), float(x.shape[1]))
-    return np.stack([ones, x.sum(1), y.sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)], axis=1)
-
-
-def flat_pearson(sums: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation from totals of :func:`flat_sums`, ``(..., 6)``; 0 where one side is constant."""
-    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    var_x, var_y = xx - x * x / n, yy - y * y / n
-    known = (var_x > CONSTANT * xx) & (var_y > CONSTANT * yy)
-    r = (xy - x * y / n) / np.sqrt(np.where(known, var_x * var_y, 1.0))
-    return np.where(known, np.clip(r, -1.0, 1.0), 0.0)
-
-
-def flat_r2(sums: np.ndarray) -> np.ndarray:
-    """Return the coefficient of determination from totals of :func:`flat_sums`; 0 where the truth is constant."""
-    n, x, _, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    var_x = xx - x * x / n
-    known = var_x > CONSTANT * xx
-    return np.where(known, 1.0 - (xx - 2.0 * xy + yy) / np.where(known, var_x, 1.0), 0.0)
-
-
-def ate_pearson(real: Effects, predicted: Effects, *, average: Literal["flat", "perturbation"] = "flat") -> float:
+def ate_pearson(
+    real: Effects,
+    predicted: Effects,
+    *,
+    average: Literal["flat", "perturbation"] = "flat",
+    top_k: int | None = None,
+) -> float:
     """Correlate true and predicted effects.
 
     Parameters
@@ -96,6 +32,9 @@ def ate_pearson(real: Effects, predicted: Effects, *, average: Literal["flat", "
     average
         ``"flat"``: one correlation over all perturbations and genes, the published number, which rewards the common
         shift and strong perturbations; ``"perturbation"``: mean of the correlations of single perturbations.
+    top_k
+        Use of every perturbation only the genes with the ``top_k`` largest absolute true effects (20 in the papers'
+        "DE" columns). They are chosen by the noise of the truth, too: compare with a baseline and a replicate only.
 
     Returns
     -------
@@ -104,7 +43,11 @@ def ate_pearson(real: Effects, predicted: Effects, *, average: Literal["flat", "
     Raises
     ------
     ValueError
-        If perturbations or genes do not match.
+        If perturbations or genes do not match, or ``top_k`` is not a positive integer.
+
+    References
+    ----------
+    SAMS-VAE, section 5.2 and table 1 (ATE-rho); CRADLE-VAE, table 2.
 
     Notes
     -----
@@ -113,16 +56,21 @@ def ate_pearson(real: Effects, predicted: Effects, *, average: Literal["flat", "
     """
     check_one_of("average", average, ("flat", "perturbation"))
     x, y = (f.to_numpy() for f in align_effects(real, predicted))
-    return float(flat_pearson(flat_sums(x, y).sum(axis=0)) if average == "flat" else pearson_rows(x, y).mean())
+    kept = _strongest(x, top_k)
+    if average == "flat":
+        return float(flat_pearson(flat_sums(x, y, kept).sum(axis=0)))
+    return float(pearson_rows(x, y, kept).mean())
 
 
-def ate_r2(real: Effects, predicted: Effects) -> float:
+def ate_r2(real: Effects, predicted: Effects, *, top_k: int | None = None) -> float:
     """Return the coefficient of determination of the flattened effects, ``1 - SS_residual / SS_total``.
 
     Parameters
     ----------
     real, predicted
         Effects as for :func:`ate_pearson`; the truth comes first, the score is not symmetric.
+    top_k
+        As for :func:`ate_pearson`.
 
     Returns
     -------
@@ -131,10 +79,21 @@ def ate_r2(real: Effects, predicted: Effects) -> float:
     Raises
     ------
     ValueError
-        If perturbations or genes do not match.
+        If perturbations or genes do not match, or ``top_k`` is not a positive integer.
+
+    References
+    ----------
+    CRADLE-VAE, table 2 (ATE-R2): ``r2_score(data, model)``.
     """
     x, y = (f.to_numpy() for f in align_effects(real, predicted))
-    return float(flat_r2(flat_sums(x, y).sum(axis=0)))
+    return float(flat_r2(flat_sums(x, y, _strongest(x, top_k)).sum(axis=0)))
+
+
+def _strongest(real: np.ndarray, k: int | None) -> np.ndarray | None:
+    if k is None:
+        return None
+    check_positive("top_k", k, integer=True)
+    return strongest_genes(real, k)
 
 
 def jaccard_top_k(real: Effects, predicted: Effects, k: int = 50) -> float:
@@ -145,7 +104,7 @@ def jaccard_top_k(real: Effects, predicted: Effects, k: int = 50) -> float:
     real, predicted
         Effects as for :func:`ate_pearson`.
     k
-        Number of genes. By chance the score is about ``k / (2 * n_genes - k)``.
+        Number of genes. By chance the score is :func:`jaccard_chance`.
 
     Returns
     -------
@@ -159,6 +118,32 @@ def jaccard_top_k(real: Effects, predicted: Effects, k: int = 50) -> float:
     check_positive("k", k, integer=True)
     x, y = (f.to_numpy() for f in align_effects(real, predicted))
     return float(jaccard_rows(x, y, k).mean())
+
+
+def jaccard_chance(n_genes: int, k: int = 50) -> float:
+    r"""Return the expected Jaccard index of two independent random sets of ``k`` genes.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes to draw from.
+    k
+        Size of both sets; from ``n_genes`` on they are equal.
+
+    Returns
+    -------
+    :math:`E[X / (2k - X)]` with :math:`X` hypergeometric, close to ``k / (2 * n_genes - k)``.
+
+    Raises
+    ------
+    ValueError
+        If a number is not a positive integer.
+    """
+    check_positive("n_genes", n_genes, integer=True)
+    check_positive("k", k, integer=True)
+    k = min(k, n_genes)
+    shared = np.arange(k + 1)
+    return float(hypergeom(n_genes, k, k).pmf(shared) @ (shared / (2 * k - shared)))
 
 
 def pearson_delta(
@@ -195,11 +180,12 @@ def pearson_delta(
         msg = f"`reference={reference!r}` {need} the effects of training perturbations; received train={'None' if train is None else 'effects'}."
         raise ValueError(msg)
     x, y = align_effects(real, predicted)
-    centre = np.zeros(x.shape[1]) if train is None else _mean_effect(train, x.columns)
+    centre = np.zeros(x.shape[1]) if train is None else mean_effect(train, x.columns)
     return float(pearson_rows(x.to_numpy() - centre, y.to_numpy() - centre).mean())
 
 
-def _mean_effect(train: Effects, genes: pd.Index) -> np.ndarray:
+def mean_effect(train: Effects, genes: pd.Index) -> np.ndarray:
+    """Return the mean of the training effects over ``genes``."""
     frame, named = as_frame(train, "train")
     if named and set(frame.columns) == set(genes):
         frame = frame[genes]

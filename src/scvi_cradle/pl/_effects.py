@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from scvi_cradle._validation import check_positive, near_matches, preview
 from scvi_cradle.metrics._effects import Effects, align_effects, as_frame
-from scvi_cradle.metrics._scores import pearson_rows
+from scvi_cradle.metrics._rows import pearson_rows
 from scvi_cradle.pl._style import (
     BLACK,
     BLUE,
@@ -35,9 +35,13 @@ METRIC_NAMES = {
     "pearson_delta_perturbed_mean": "Pearson of effects,\nless the mean effect",
     "perturbation_discrimination": "perturbation\ndiscrimination",
     "ate_pearson": "Pearson of all effects",
+    "pearson_delta_top_20": "Pearson of effects,\n20 strongest genes each",
     "ate_r2": "R² of all effects",
+    "ate_pearson_top_20": "Pearson of all effects,\n20 strongest genes each",
+    "ate_r2_top_20": "R² of all effects,\n20 strongest genes each",
     "jaccard_top_20": "top 20 genes (Jaccard)",
     "jaccard_top_50": "top 50 genes (Jaccard)",
+    "energy_distance": "energy distance of cells",
 }
 
 
