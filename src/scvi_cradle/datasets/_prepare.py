@@ -176,9 +176,13 @@ def prepare_replogle(
     The papers :cite:p:`bereket2023samsvae,baek2024cradlevae` follow :cite:t:`lopez2023svae`: perturbations with strong
     effects and the genes associated with them, 118,461 cells (118,641 in the second paper) x 1,187 genes, 722 guide
     pairs of 20 to 2,000 cells and 2,000 controls. They state no thresholds. **The rule here is this package's own**:
-    Welch's t-test on :math:`\log(1 + 10^4 x_{ig} / \sum_h x_{ih})` between the cells of a perturbation and all
+    Student's t-test on :math:`\log(1 + 10^4 x_{ig} / \sum_h x_{ih})` between the cells of a perturbation and all
     controls, Benjamini-Hochberg over genes. It cannot be expected to give the cells and genes of the papers. Its sizes
     on the full screen have not been measured: read them off the result and name them beside any comparison.
+
+    The variance is pooled over both groups because Welch's test fails here: a rare gene is easily absent from all cells
+    of a small group, whose own variance is then zero. Among 299 genes of :func:`papalexi`, 25 random controls against
+    the others had on average 75 genes that "differ" by Welch's test and 0.8 by the pooled one.
 
     Means and variances take about 40 bytes for every pair of a perturbation and a gene.
     """
@@ -255,12 +259,16 @@ def _log_moments(matrix: Any, codes: np.ndarray, sizes: np.ndarray) -> tuple[np.
 def _differs(
     mean: np.ndarray, std: np.ndarray, n: int, control: tuple[np.ndarray, np.ndarray, int], fdr_level: float
 ) -> np.ndarray:
-    """Mark the genes whose mean differs from that of the controls; a gene without any variance does not."""
+    """Mark the genes whose mean differs from that of the controls; a gene without any variance does not.
+
+    The variance is pooled: by chance a rare gene is absent from all cells of a small group, whose own variance of zero
+    would make the difference look certain.
+    """
     varies = (std > 0) | (control[1] > 0)
     marked = np.zeros(len(mean), dtype=bool)
     if varies.any():
         mean0, std0 = control[0][varies], control[1][varies]
-        pvalue = ttest_ind_from_stats(mean[varies], std[varies], n, mean0, std0, control[2], equal_var=False).pvalue
+        pvalue = ttest_ind_from_stats(mean[varies], std[varies], n, mean0, std0, control[2], equal_var=True).pvalue
         marked[varies] = false_discovery_control(pvalue) < fdr_level
     return marked
 
