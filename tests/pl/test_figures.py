@@ -45,7 +45,9 @@ def effects(seed: int = 0, n: int = 3) -> pd.DataFrame:
 
 
 def table(value: float = 0.5, ceiling: float = 0.8) -> pd.DataFrame:
-    row = {"value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, "baseline": 0.2, "ceiling": ceiling}
+    row = {"value": value, "baseline": 0.2, "ceiling": ceiling}
+    scaled = (value - 0.2) / (ceiling - 0.2) if ceiling > 0.2 else np.nan
+    row |= {"scaled": scaled, "scaled_low": scaled - 0.2, "scaled_high": scaled + 0.2}
     return pd.DataFrame([row] * len(REPORT), index=REPORT)
 
 
@@ -186,7 +188,7 @@ def test_scores_are_scaled() -> None:
 
 def test_scores_without_room_and_outside() -> None:
     ax = pl.evaluation(table(0.5, ceiling=0.1), show=False)
-    assert sum("not above" in t.get_text() for t in ax.texts) == len(REPORT)
+    assert sum("not better" in t.get_text() for t in ax.texts) == len(REPORT)
     ax = pl.evaluation(table(5.0), show=False)
     assert [len(line.get_xdata()) for line in ax.lines if line.get_marker() == ">"] == [len(REPORT)]
 
@@ -233,7 +235,7 @@ def test_history_draws_what_is_there() -> None:
             lambda: pl.treatment_effects(effects(), effects(), n_genes=-1), ValueError, "n_genes", id="negative n_genes"
         ),
         pytest.param(lambda: pl.training_history({"lr": [1.0]}), ValueError, "history", id="no losses"),
-        pytest.param(lambda: pl.evaluation(table()[["value"]]), ValueError, "ci_low", id="not a report"),
+        pytest.param(lambda: pl.evaluation(table()[["value"]]), ValueError, "scaled_low", id="not a report"),
         pytest.param(lambda: pl.evaluation({}), ValueError, "at least one", id="no report"),
         pytest.param(lambda: pl.evaluation(table(), metrics=["r"]), ValueError, "'r'", id="unknown metric"),
     ],

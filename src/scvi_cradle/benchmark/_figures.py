@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from scvi_cradle.benchmark._settings import WITH_FRACTIONS
 from scvi_cradle.benchmark._tables import OVER_FRACTIONS, RELATIVE
@@ -53,6 +54,7 @@ def draw_scores(summary: pd.DataFrame, path: Path) -> bool:
                     ax.axvline(rows[column].mean(), color=GREY, linestyle=line, linewidth=1, zorder=0)
             ax.set_yticks(range(len(models)), [""] * len(models) if number % columns else models)
             ax.set(ylim=(len(models) - 0.5, -0.5), title=metric)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
         if len(thresholds) > 1:
             axes[0].legend(loc="best")
         fig.supxlabel("dotted: baseline, dashed: ceiling", fontsize=8.5, color=GREY)

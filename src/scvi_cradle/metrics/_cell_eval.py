@@ -150,7 +150,9 @@ def cell_eval_scores(
         EvalConfig.from_preset(preset), target_gene_map=_target_genes(ours, LabelRule.create(control, sep))
     )
     tables = {
-        name: aggregate_metrics(compute_metrics(cells, ours, config=config)).to_pandas().set_index("metric")
+        name: pd.DataFrame(
+            aggregate_metrics(compute_metrics(cells, ours, config=config)).to_dict(as_series=False)
+        ).set_index("metric")
         for name, cells in (("value", theirs), ("baseline", _controls_as(theirs, ours, seed)))
     }
     table = tables["value"].rename(columns={"mean": "value", "agg": "aggregation"})

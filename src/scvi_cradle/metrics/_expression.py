@@ -45,7 +45,7 @@ def relative_rmse(real: Any, predicted: Any) -> float:
 
 
 def published_relative_rmse(real: Any, predicted: Any, *, batch_size: int = PUBLISHED_BATCH) -> float:
-    """Return the mean of :func:`relative_rmse` over consecutive batches of cells, the protocol of PerturbedVAE's tables.
+    """Return the mean relative RMSE over consecutive batches of cells, the protocol of PerturbedVAE's tables.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from scipy.stats import t as student_t
 from scvi_cradle._validation import check_one_of
 from scvi_cradle.metrics._distances import as_cells
 
-Variance = Literal["reliability", "frequency", "biased"]
+Variance: TypeAlias = Literal["reliability", "frequency", "biased"]
 
 
 class _Moments(NamedTuple):
@@ -52,7 +53,7 @@ def weighted_welch(
     weights: ArrayLike,
     x_reference: Any,
     *,
-    reference_weights: ArrayLike | None = None,
+    reference_weights: Sequence[float] | np.ndarray | None = None,
     variance: Variance = "reliability",
 ) -> pd.DataFrame:
     r"""Test every gene for a difference of means between weighted cells and a reference (quantile-hurdle paper, 4.3).

@@ -144,6 +144,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         n_samples: int = 300,
         library_size: float | Literal["observed"] = "observed",
         passed_only: bool = True,
+        exclude_targets: bool = False,
         n_bootstrap: int = 200,
         seed: int = 0,
     ) -> pd.DataFrame:
@@ -159,6 +160,8 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             As in :meth:`get_generated_expression`.
         passed_only
             Compare with real cells that passed QC, as the model generates artifact-free cells.
+        exclude_targets
+            Leave the genes that a perturbation targets out of its scores on effects.
         n_bootstrap, seed
             Bootstrap over perturbations, and seed.
 
@@ -194,6 +197,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             control=control,
             sep=self._rule.sep,
             train=train,
+            exclude_targets=exclude_targets,
             n_bootstrap=n_bootstrap,
             seed=seed,
         )

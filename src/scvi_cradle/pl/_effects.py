@@ -29,15 +29,19 @@ from scvi_cradle.pl._style import (
 
 MAX_PANELS = 9
 RANGE = (-0.6, 1.6)  # of scaled scores; what lies outside is drawn at the edge with an arrow
-NEEDED = ("value", "ci_low", "ci_high", "baseline", "ceiling")
+NEEDED = ("scaled", "scaled_low", "scaled_high", "baseline", "ceiling")
 METRIC_NAMES = {
     "pearson_delta": "Pearson of effects,\nper perturbation",
     "pearson_delta_perturbed_mean": "Pearson of effects,\nless the mean effect",
     "perturbation_discrimination": "perturbation\ndiscrimination",
     "ate_pearson": "Pearson of all effects",
+    "pearson_delta_top_20": "Pearson of effects,\n20 strongest genes each",
     "ate_r2": "R² of all effects",
+    "ate_pearson_top_20": "Pearson of all effects,\n20 strongest genes each",
+    "ate_r2_top_20": "R² of all effects,\n20 strongest genes each",
     "jaccard_top_20": "top 20 genes (Jaccard)",
     "jaccard_top_50": "top 50 genes (Jaccard)",
+    "energy_distance": "energy distance of cells",
 }
 
 
@@ -142,7 +146,7 @@ def evaluation(
     Notes
     -----
     Each row states baseline and ceiling, which are 0 and 1 there. Arrows point to scores outside of the figure. A
-    metric whose ceiling is not above its baseline cannot be scaled and is said to be so.
+    metric whose ceiling is not better than its baseline cannot be scaled and is said to be so.
     """
     tables = {"": table} if isinstance(table, pd.DataFrame) else dict(table)
     rows = _metric_rows(tables, metrics)
@@ -224,11 +228,7 @@ def _metric_rows(tables: dict[str, pd.DataFrame], metrics: Sequence[str] | None)
 
 
 def _draw_scores(ax: Axes, scores: pd.DataFrame, offset: float, colour: str, marker: str, name: str) -> None:
-    room = scores["ceiling"] - scores["baseline"]
-    room = room.where(room > 0)
-    value, low, high = (
-        ((scores[c] - scores["baseline"]) / room).to_numpy(dtype=np.float64) for c in ("value", "ci_low", "ci_high")
-    )
+    value, low, high = (scores[c].to_numpy(dtype=np.float64) for c in NEEDED[:3])
     height = np.arange(len(scores)) + offset
     inside = (value >= RANGE[0]) & (value <= RANGE[1])
     ax.hlines(height, np.clip(low, *RANGE), np.clip(high, *RANGE), color=colour, linewidth=1.5)
@@ -245,8 +245,8 @@ def _dress_scores(ax: Axes, scores: pd.DataFrame, *, legend: bool) -> None:
     ax.set_xticks([-0.5, 0, 0.5, 1, 1.5], ["-0.5", "0\nbaseline", "0.5", "1\nceiling", "1.5"])
     ax.set_xlabel("score, from the baseline to a repeat of the experiment")
     for i, row in enumerate(scores.itertuples()):
-        known = row.ceiling > row.baseline
-        text = f"{row.baseline:.2f} to {row.ceiling:.2f}" if known else "ceiling not above\nthe baseline"
+        known = np.isfinite(row.scaled)
+        text = f"{row.baseline:.2f} to {row.ceiling:.2f}" if known else "ceiling not better\nthan the baseline"
         ax.text(1.02, i, text, transform=ax.get_yaxis_transform(), va="center", color=GREY, fontsize=8)
     ax.text(
         1.02, -0.62, "baseline\nto ceiling", transform=ax.get_yaxis_transform(), va="bottom", color=GREY, fontsize=8
