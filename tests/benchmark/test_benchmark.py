@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import scvi
 from scipy import stats
 
 import scvi_cradle as cradle
-from scvi_cradle.benchmark import BenchmarkResult, BenchmarkSettings, _cell, _tasks, run_benchmark
+from scvi_cradle.benchmark import BenchmarkResult, BenchmarkSettings, _cell, _runners, _tasks, run_benchmark
 from scvi_cradle.benchmark.__main__ import main
 from scvi_cradle.benchmark._cell import load_screen
 from scvi_cradle.benchmark._folds import Fold
@@ -302,18 +303,29 @@ def test_a_killed_run_goes_on(settings: BenchmarkSettings, tmp_path: Path) -> No
     np.testing.assert_allclose(merged["value_x"], merged["value_y"], atol=1e-6)
 
 
-def test_a_lost_worker_is_an_error_of_its_cells(
+def test_a_killed_process_takes_no_other_task_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runners, "_end_with_parent", None)  # its import takes seconds
+    tasks = {0: (abs, (-1,)), "first": (os._exit, (1,)), 1: (abs, (-2,)), "second": (os._exit, (1,)), 2: (abs, (-3,))}
+    processes = _runners.Processes(2)
+    results = dict(processes.run(tasks))
+    assert results == {0: 1, 1: 2, 2: 3, "first": _runners.KILLED, "second": _runners.KILLED}
+    assert dict(processes.run({3: (abs, (-4,))})) == {3: 4}
+    processes.close()
+
+
+def test_a_task_that_never_ends_is_an_error_of_its_cells(
     settings: BenchmarkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def each(executor: object, tasks: dict[object, object]) -> Iterator[object]:
-        yield from ((key, _tasks.KILLED) for key in tasks)
+    @contextmanager
+    def lost(*_: object) -> Iterator[object]:
+        yield lambda tasks: ((key, _runners.KILLED) for key in tasks)
 
-    some = replace(settings, models=("Additive",), thresholds=(5.0,))
-    run_benchmark(replace(some, models=("ControlMean",)), out=tmp_path, progress=False)  # makes the split
-    monkeypatch.setattr(_tasks, "_each", each)
-    result = run_benchmark(some, out=tmp_path, progress=False)
-    assert result.errors["error"].tolist() == [_tasks.KILLED]
-    monkeypatch.undo()
+    some = replace(settings, models=("Additive", "ControlMean"), thresholds=(5.0,))
+    run_benchmark(replace(some, models=("ControlMean",)), out=tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(_tasks, "runner", lost)
+        result = run_benchmark(some, out=tmp_path, progress=False)
+    assert result.errors[["model", "error"]].to_numpy().tolist() == [["Additive", _runners.KILLED]]
     assert run_benchmark(some, out=tmp_path, progress=False).errors.empty
 
 

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +11,11 @@ from tqdm import tqdm
 
 from scvi_cradle.benchmark._cell import build_fold, find_doublets, run_cells
 from scvi_cradle.benchmark._models import REGISTRY, model_settings
-from scvi_cradle.benchmark._screen import first_line
+from scvi_cradle.benchmark._runners import Runner, runner
 from scvi_cradle.benchmark._settings import BenchmarkSettings, Cell
 from scvi_cradle.benchmark._store import CELLS, FOLDS, file_digest, fingerprint, read_json, write_json
 
 FORMAT = 1  # raise it when results of an earlier version must not be used any more
-KILLED = "A worker process was killed, perhaps for lack of memory: run again, with fewer jobs if need be; what is finished is kept."
 
 
 @dataclass(frozen=True)
@@ -73,9 +65,9 @@ def _slug(cell: Cell) -> str:
     return "-".join("".join(c if c.isalnum() or c == "." else "_" for c in part).strip("_") for part in parts)
 
 
-def is_done(place: Place) -> bool:
+def is_done(result: Path) -> bool:
     """Whether there is a result that is no error."""
-    content = read_json(place.result)
+    content = read_json(result)
     return content is not None and content["error"] is None
 
 
@@ -98,20 +90,20 @@ def run_missing(
         Show a progress bar.
     """
     found = places(settings, out)
-    missing = {cell: place for cell, place in found.items() if not is_done(place)}
+    missing = {cell: place for cell, place in found.items() if not is_done(place.result)}
     with tqdm(total=len(found), initial=len(found) - len(missing), unit="cell", disable=not progress) as bar:
         if missing:
-            with _executor(jobs, scheduler) as executor:
-                _run(executor, settings, missing, bar)
+            with runner(jobs, scheduler) as run:
+                _run(run, settings, missing, bar)
     return {cell: read_json(place.result) for cell, place in found.items()}
 
 
-def _run(executor: Executor | None, settings: BenchmarkSettings, missing: dict[Cell, Place], bar: Any) -> None:
+def _run(run: Runner, settings: BenchmarkSettings, missing: dict[Cell, Place], bar: Any) -> None:
     """Run three rounds of tasks: doublets, folds, cells. A task of which something failed before is not begun."""
     bar.set_postfix_str("doublets")
     doublets = {p.doublets for p in missing.values() if p.doublets is not None and not p.doublets.is_file()}
     failed: dict[Path, str] = {}
-    for path, error in _each(executor, {path: (find_doublets, (settings, path)) for path in doublets}):
+    for path, error in run({path: (find_doublets, (settings, path)) for path in doublets}):
         if error is not None:
             failed[path] = error
     bar.set_postfix_str("splits")
@@ -121,7 +113,7 @@ def _run(executor: Executor | None, settings: BenchmarkSettings, missing: dict[C
             failed[place.fold] = failed[place.doublets]
         elif not place.fold.is_dir():
             tasks[place.fold] = (build_fold, (settings, cell, place.fold, place.doublets))
-    failed |= {path: error for path, error in _each(executor, tasks) if error is not None}
+    failed |= {path: error for path, error in run(tasks) if error is not None}
     groups: dict[Any, list[tuple[Cell, Path, Path]]] = {}
     for cell, place in missing.items():
         if place.fold in failed:
@@ -131,63 +123,11 @@ def _run(executor: Executor | None, settings: BenchmarkSettings, missing: dict[C
             key = cell if REGISTRY[cell.model].knows_flags else cell._replace(threshold=None)
             groups.setdefault(key, []).append((cell, place.fold, place.result))
     bar.set_postfix_str("models")
-    for key, error in _each(executor, {key: (run_cells, (settings, cells)) for key, cells in groups.items()}):
+    for key, error in run({key: (run_cells, (settings, cells)) for key, cells in groups.items()}):
         if isinstance(error, str):  # not even the task itself came to an end
             for cell, _, result in groups[key]:
+                if is_done(result):
+                    continue
                 write_json(result, {"cell": cell._asdict(), "error": error, "notes": []})
         bar.set_postfix_str(f"{key.model}, seed {key.seed}")
         bar.update(len(groups[key]))
-
-
-def _each(executor: Executor | None, tasks: dict[Any, tuple[Callable[..., Any], Sequence[Any]]]) -> Iterator[Any]:
-    """Yield ``(key, result)`` of every task as it ends; a task whose process was killed gives an error in one sentence."""
-    if executor is None:
-        for key, (function, arguments) in tasks.items():
-            yield key, function(*arguments)
-        return
-    futures = {executor.submit(function, *arguments): key for key, (function, arguments) in tasks.items()}
-    for future in as_completed(futures):
-        try:
-            yield futures[future], future.result()
-        except BrokenProcessPool:
-            yield futures[future], KILLED
-        except Exception as error:  # noqa: BLE001 - a worker of a cluster may be lost in many ways
-            yield futures[future], f"{type(error).__name__}: {first_line(error)}."
-
-
-@contextmanager
-def _executor(jobs: int, scheduler: str | None) -> Iterator[Executor | None]:
-    if scheduler is not None:
-        try:
-            from distributed import Client
-        except ImportError as error:
-            msg = f"`scheduler` needs the package distributed, which is not installed; received {scheduler!r}: `pip install 'scvi-cradle[cluster]'`, or use `jobs`."
-            raise ValueError(msg) from error
-        try:
-            client = Client(scheduler)
-        except (OSError, ValueError) as error:
-            msg = f"`scheduler` must be the address of a Dask scheduler; received {scheduler!r}: {first_line(error)}."
-            raise ValueError(msg) from error
-        with client, client.get_executor(pure=False) as executor:
-            yield executor
-    elif jobs == 1:
-        yield None
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent)
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is gone: a killed parent cannot say so, and the worker would wait for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
