@@ -149,15 +149,26 @@ def score(settings: BenchmarkSettings, cell: Cell, fold: Fold, fitted: Any) -> d
         "bound": lambda: _bound(cell, fold, screen, fitted),
         "training": lambda: _training(fitted),
     }
-    # a baseline says by ValueError that a combination is beyond it, a model by NotImplementedError
-    beyond = (NotImplementedError, ValueError) if REGISTRY[cell.model].is_baseline else (NotImplementedError,)
     rows, without = [], {}
     for name, part in parts.items():
         try:
             rows += part()
-        except beyond as error:
+        except NoAnswer as error:
             without[name] = first_line(error)
     return {"split": fold.name, "rows": rows, "without": without}
+
+
+class NoAnswer(Exception):
+    """What is asked for is beyond a model or a baseline, which says why."""
+
+
+def _ask(cell: Cell, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    # a baseline says by ValueError that a combination is beyond it, a model by NotImplementedError
+    beyond = (NotImplementedError, ValueError) if REGISTRY[cell.model].is_baseline else (NotImplementedError,)
+    try:
+        return method(*arguments, **options)
+    except beyond as error:
+        raise NoAnswer(first_line(error)) from error
 
 
 def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
@@ -165,7 +176,7 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
     if not REGISTRY[cell.model].is_baseline:
         kind = settings.preset if settings.preset in N_PARTICLES else "paper"
         options = {"n_particles": N_PARTICLES[kind], "seed": cell.seed}
-    predicted = fitted.get_average_treatment_effects(fold.held_out, **options)
+    predicted = _ask(cell, fitted.get_average_treatment_effects, fold.held_out, **options)
     table = metrics.evaluate_effects(
         fold.real,
         predicted,
@@ -179,7 +190,7 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
 
 
 def _generated(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
-    generated = fitted.get_generated_expression(fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
+    generated = _ask(cell, fitted.get_generated_expression, fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
     measured = fold.held_out_cells(screen, passed=False)
     passed = fold.held_out_cells(screen, passed=True)
     rows: Rows = generated_scores(passed, generated, fold.held_out, fold.generated, cell.seed)
@@ -204,7 +215,7 @@ def _bound(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
     cells = fold.held_out_cells(screen, passed=True)
     chosen = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:N_SCORED])
     scvi_settings.seed = cell.seed
-    bound = fitted.get_iwelbo(cells[chosen].copy(), n_particles=N_IWELBO, batch_size=500)
+    bound = _ask(cell, fitted.get_iwelbo, cells[chosen].copy(), n_particles=N_IWELBO, batch_size=500)
     mean, sem, n = metrics.iwelbo_summary(bound).loc["all"]
     note = f"{n:g} held-out cells that passed, {N_IWELBO} particles, global terms not scored; interval over cells"
     return [_row("iwelbo", mean, ci_low=mean - 1.96 * sem, ci_high=mean + 1.96 * sem, note=note)]
