@@ -1,4 +1,4 @@
-"""Whole runs: numbers are what they claim, a killed run goes on, and failures are recorded."""
+"""Whole runs: numbers are what they claim, nothing is done twice, and failures are recorded."""
 
 from __future__ import annotations
 
