@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from scipy.special import logsumexp, ndtr
 
-SCALES = np.array([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+SCALES = np.array([0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
 BLOCK = 4_000_000  # numbers in an array of a block of genes
 
 
@@ -104,13 +104,14 @@ class FullPrior:
         Of the scales, shape ``(n_scales,)``.
     covariance
         Shape ``(n_labels, n_labels)``.
-    ridge
-        Shares of the diagonal and of the mean variance that every round adds.
+    pseudo_genes
+        Genes with independent effects of the same variances that every round adds: they hold correlations down where
+        genes are few.
     """
 
     weights: np.ndarray
     covariance: np.ndarray
-    ridge: tuple[float, float] = (0.02, 0.002)
+    pseudo_genes: float = 1.0
 
     @classmethod
     def start(cls, effects: NoisyEffects) -> FullPrior:
@@ -141,10 +142,9 @@ class FullPrior:
             centre_part = _by_label(basis @ centres.swapaxes(1, 2))
             moments += spread_part @ spread_part.T + centre_part @ centre_part.T
         covariance = moments / len(effects.raw)
-        diagonal, common = self.ridge
-        variances = np.diag(covariance)
-        covariance = (1 - diagonal) * covariance + np.diag(diagonal * variances + common * variances.mean())
-        return FullPrior(total / total.sum(), covariance, self.ridge), likelihood
+        share = self.pseudo_genes / (self.pseudo_genes + len(effects.raw))
+        covariance = (1 - share) * covariance + share * np.diag(np.diag(covariance))
+        return FullPrior(total / total.sum(), covariance, self.pseudo_genes), likelihood
 
     def components(self, effects: NoisyEffects, sums: Sums) -> Components:
         """Return the posterior of sums of effects."""

@@ -52,14 +52,14 @@ class FactorPrior:
         ``L``, shape ``(n_labels, rank)``.
     specific
         ``d``, shape ``(n_labels,)``.
-    ridge
-        Shares of the diagonal and of the mean variance that every round adds.
+    pseudo_genes
+        Genes with independent effects of the same variances that every round adds.
     """
 
     weights: np.ndarray
     loading: np.ndarray
     specific: np.ndarray
-    ridge: tuple[float, float] = (0.02, 0.002)
+    pseudo_genes: float = 1.0
 
     @classmethod
     def start(cls, effects: NoisyEffects, rank: int) -> FactorPrior:
@@ -112,11 +112,10 @@ class FactorPrior:
         change = np.linalg.solve(of_factors, cross.T).T
         specific = (squares - (change * cross).sum(1)) / n_genes
         loading = (self.loading + change) @ np.linalg.cholesky(of_factors / n_genes)
-        diagonal, common = self.ridge
-        variances = (loading**2).sum(1) + specific
-        specific = (1 - diagonal) * specific + diagonal * variances + common * variances.mean()
+        share = self.pseudo_genes / (self.pseudo_genes + n_genes)
+        specific = specific + share * (loading**2).sum(1)
         weights = of_weights / of_weights.sum()
-        return FactorPrior(weights, np.sqrt(1 - diagonal) * loading, specific, self.ridge), likelihood
+        return FactorPrior(weights, np.sqrt(1 - share) * loading, specific, self.pseudo_genes), likelihood
 
     def components(self, effects: NoisyEffects, sums: Sums) -> Components:
         """Return the posterior of sums of effects."""

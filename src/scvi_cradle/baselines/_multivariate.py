@@ -24,8 +24,8 @@ from scvi_cradle.baselines._factor_mixture import FactorPrior
 N_ROUNDS = 20
 PRIOR_CELLS = 50  # weight of the controls' variance in that of a label
 MIN_VARIANCE = 1e-3  # of a label, as a share of the mean over labels
-LARGEST_FULL = 60  # labels
-MAX_RANK = 20
+LARGEST_FULL = 20  # labels
+MAX_RANK = 10
 
 
 class MultivariateShrinkage(SumOfSingles):
@@ -33,7 +33,7 @@ class MultivariateShrinkage(SumOfSingles):
 
     For every gene, raw effects :math:`r` of all labels are noisy views of true ones, and they share the error of the
     control: :math:`r \sim N(b, \mathrm{diag}(v) + v_0 1 1')`. The prior is a mixture over scales,
-    :math:`b \sim \sum_k \pi_k N(0, w_k U)` with :math:`w` = 0.03, 0.1, 0.3, 1, 3, 10; weights and the covariance
+    :math:`b \sim \sum_k \pi_k N(0, w_k U)` with seven scales :math:`w` from 0.001 to 3; weights and the covariance
     :math:`U` of the labels are estimated by 20 rounds of EM over genes (the idea of mash, Urbut et al. 2019, with one
     estimated covariance and a shared control error). The estimate is the posterior mean.
 
@@ -47,7 +47,7 @@ class MultivariateShrinkage(SumOfSingles):
     ----------
     rank
         Factors of ``U`` = factors + diagonal, which costs far less for hundreds of labels; 0: any covariance.
-        Default: any covariance up to 60 labels, 20 factors above.
+        Default: any covariance up to 20 labels, 10 factors above.
 
     Raises
     ------
@@ -82,7 +82,7 @@ class MultivariateShrinkage(SumOfSingles):
         """
         super().fit(adata, perturbation_key, **kwargs)
         self._varies, self._noisy = noisy_effects(self._raw)
-        self._prior = learn_prior(self._noisy, self._rank)
+        self._prior = learn_prior(self._noisy, self._rank) if self._varies.any() else None
         self._seen_posterior = self._posterior([[row] for row in range(self._raw.n_obs)])
         return self
 
@@ -90,7 +90,7 @@ class MultivariateShrinkage(SumOfSingles):
         """Return the posterior of sums of effects of seen labels, over all genes."""
         shape = (len(members), self._raw.n_vars)
         result = Posterior(np.zeros(shape), np.zeros(shape), np.ones(shape))
-        if self._varies.any():
+        if self._prior is not None:
             for values, part in zip(result, posterior(self._prior, self._noisy, Sums.create(members)), strict=True):
                 values[:, self._varies] = part
         return result
@@ -145,9 +145,9 @@ def noisy_effects(effects: AnnData) -> tuple[np.ndarray, NoisyEffects]:
 
 def learn_prior(effects: NoisyEffects, rank: int | None) -> MixturePrior:
     """Return the prior after the rounds of EM; ``rank`` 0: any covariance, ``None``: by the number of labels."""
-    n_genes, n_labels = effects.raw.shape
+    n_labels = effects.raw.shape[1]
     if rank is None:
         rank = 0 if n_labels <= LARGEST_FULL else MAX_RANK
     rank = min(rank, n_labels)
-    start = FactorPrior.start(effects, rank) if rank and n_genes else FullPrior.start(effects)
-    return fit_prior(start, effects, N_ROUNDS) if n_genes else start
+    start = FactorPrior.start(effects, rank) if rank else FullPrior.start(effects)
+    return fit_prior(start, effects, N_ROUNDS)
