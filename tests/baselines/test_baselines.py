@@ -7,11 +7,19 @@ import pytest
 import scipy.sparse as sp
 
 from scvi_cradle import baselines
-from scvi_cradle.baselines import Additive, ControlMean, MultivariateShrinkage, PerturbedMean, ShrunkenEffects
+from scvi_cradle.baselines import (
+    Additive,
+    ControlMean,
+    ElasticNet,
+    MultivariateShrinkage,
+    NearestNeighbors,
+    PerturbedMean,
+    ShrunkenEffects,
+)
 from scvi_cradle.baselines._shrinkage import shrink_effects
 from scvi_cradle.metrics import average_treatment_effects, evaluate
 
-ALL = [ControlMean, PerturbedMean, Additive, ShrunkenEffects, MultivariateShrinkage]
+ALL = [ControlMean, PerturbedMean, Additive, ShrunkenEffects, MultivariateShrinkage, NearestNeighbors, ElasticNet]
 
 
 def make_cells(seed: int = 0, labels=("ctrl", "KLF1", "MAP2K6", "CEBPA", "CEBPA+KLF1"), n: int = 60) -> ad.AnnData:
