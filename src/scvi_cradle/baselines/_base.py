@@ -67,10 +67,10 @@ class EffectBaseline(ABC):
             rows = rows[np.linspace(0, len(rows) - 1, MAX_CONTROLS).astype(np.int64)]
         self._rule = rule
         self._perturbation_key = perturbation_key
-        self._raw = effects
         self._table = LabelTable.from_labels(labels.categories, rule)
         self._controls = to_csr(get_matrix(adata, layer)[rows]).astype(np.float32)
         self._shifter = CountShifter(effects.var["control_mean"].to_numpy(), self._controls)
+        self._learn(effects)
         return self
 
     def get_average_treatment_effects(self, perturbations: Iterable[str] | None = None) -> AnnData:
@@ -151,6 +151,10 @@ class EffectBaseline(ABC):
         uns = {CONTROL_UNS_KEY: self._rule.control_name}
         var = pd.DataFrame(index=self._raw.var_names.copy())
         return AnnData(sp.vstack(blocks, format="csr"), obs=obs, var=var, uns=uns)
+
+    def _learn(self, effects: AnnData) -> None:
+        """Keep the training effects; subclasses learn more from them."""
+        self._raw = effects
 
     @property
     def _n_controls(self) -> int:

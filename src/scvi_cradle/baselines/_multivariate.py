@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
 
 import numpy as np
 from anndata import AnnData
@@ -52,7 +51,7 @@ class MultivariateShrinkage(SumOfSingles):
     Raises
     ------
     ValueError
-        If ``rank`` is not an integer from 0 up.
+        If ``rank`` is not an integer from 0 up; and by :meth:`fit`, if no label has two cells.
     """
 
     def __init__(self, rank: int | None = None) -> None:
@@ -60,31 +59,11 @@ class MultivariateShrinkage(SumOfSingles):
             check_positive("rank", rank, integer=True, allow_zero=True)
         self._rank = rank
 
-    def fit(self, adata: AnnData, perturbation_key: str, **kwargs: Any) -> Self:
-        """Measure the effects of the training cells and learn how they are distributed.
-
-        Parameters
-        ----------
-        adata, perturbation_key, **kwargs
-            As in the other baselines: ``control``, ``sep``, ``layer``.
-
-        Returns
-        -------
-        The fitted baseline.
-
-        Raises
-        ------
-        KeyError
-            If the column or the layer is not there.
-        ValueError
-            If there is no control cell, no perturbed cell, a missing label or a value that is not a count, and if no
-            label has two cells.
-        """
-        super().fit(adata, perturbation_key, **kwargs)
+    def _learn(self, effects: AnnData) -> None:
+        super()._learn(effects)
         self._varies, self._noisy = noisy_effects(self._raw)
         self._prior = learn_prior(self._noisy, self._rank) if self._varies.any() else None
         self._seen_posterior = self._posterior([[row] for row in range(self._raw.n_obs)])
-        return self
 
     def _posterior(self, members: Sequence[Sequence[int]]) -> Posterior:
         """Return the posterior of sums of effects of seen labels, over all genes."""
