@@ -135,6 +135,21 @@ def screen_baseline(name: str, cells: str, seed: int) -> dict[str, float]:
     return screen_scores(adata, model.get_average_treatment_effects)
 
 
+def screen_mean(cells: str, seed: int) -> dict[str, float]:
+    """Half multivariate shrinkage, half elastic net."""
+    adata = screen(seed, 0.15)
+    names = ("MultivariateShrinkage", "ElasticNet")
+    kept = training(adata, passed_only=cells == "passed cells")
+    models = [BASELINES[name]().fit(kept, "perturbation") for name in names]
+
+    def predict(labels: list[str]) -> ad.AnnData:
+        first, second = (model.get_average_treatment_effects(labels) for model in models)
+        first.X = 0.5 * (np.asarray(first.X) + np.asarray(second.X))
+        return first
+
+    return screen_scores(adata, predict)
+
+
 def screen_model(name: str, stack: str, seed: int) -> dict[str, float]:
     model, _ = trained("screen", None, name, seed)
     predict = partial(model.get_average_treatment_effects, seed=seed, stack=STACKS[stack])
@@ -209,6 +224,8 @@ def runs(study: str, arguments: argparse.Namespace) -> Iterator[Run]:
             for cells in ("all cells", "passed cells"):
                 for name in BASELINES:
                     yield {"model": f"{name} ({cells})", "seed": seed}, partial(screen_baseline, name, cells, seed)
+                name = f"mean of MultivariateShrinkage and ElasticNet ({cells})"
+                yield {"model": name, "seed": seed}, partial(screen_mean, cells, seed)
             for name in MODELS:
                 for stack in STACKS:
                     yield {"model": name + stack, "seed": seed}, partial(screen_model, name, stack, seed)
