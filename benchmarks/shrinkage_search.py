@@ -202,6 +202,17 @@ def noise_scaled(data: Split, factor: float) -> np.ndarray:
     return shrink(NoisyEffects(e.raw, factor * e.own, factor * e.shared))
 
 
+def pooled_variances(data: Split, weight: float) -> np.ndarray:
+    """Average the variance of a label with that within all labels, which counts as ``weight`` cells."""
+    raw = data[1]
+    n = np.append(raw.obs["n_cells"].to_numpy(), raw.uns["n_control_cells"])[:, None]
+    of_control = raw.var["control_sem"].to_numpy() ** 2
+    variance = np.vstack([raw.layers["sem"] ** 2 - of_control, of_control]) * n
+    within = ((n - 1) * variance).sum(0) / (n - 1).sum()
+    pooled = (n * variance + weight * within) / (n + weight) / n
+    return shrink(NoisyEffects(data[2].raw, np.ascontiguousarray(pooled[:-1].T), pooled[-1]))
+
+
 def control_error_left_out(data: Split) -> np.ndarray:
     """Treat the error of the control as independent between labels."""
     e = data[2]
@@ -233,6 +244,8 @@ TRIED = {
     "with identity and common shift": partial(canonical, names=("estimated", "identity", "common")),
     "with all canonical covariances": partial(canonical, names=("estimated", "identity", "common", "single")),
     "two covariances": two_covariances,
+    "variances pooled, 200 cells": partial(pooled_variances, weight=200),
+    "variances pooled, 1,000 cells": partial(pooled_variances, weight=1000),
     "independent control errors": control_error_left_out,
     "noise x .8": partial(noise_scaled, factor=0.8),
     "noise x 1.25": partial(noise_scaled, factor=1.25),

@@ -64,7 +64,8 @@ class EffectsMixin(LabelledModel):
             dispersion of 0.2; below .01 at 5,000 counts and 20).
         stack
             Average the model's effects with those of :class:`scvi_cradle.baselines.MultivariateShrinkage`, fitted to the
-            training cells that passed QC: more accurate than either. ``True``: three parts shrinkage and one part model
+            training cells that passed QC: more accurate than the model alone, and level with the shrinkage alone where
+            that was measured. ``True``: three parts shrinkage and one part model
             for labels with training cells, half and half for unseen combinations (the sum of shrunken single effects).
             A number from 0 to 1: the weight of the shrinkage for all labels. Needs the training data, the scale
             ``"perturbseq"`` and observed library sizes.
