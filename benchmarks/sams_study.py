@@ -15,7 +15,7 @@ import argparse
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,10 @@ def run_missing(runs: Iterator[Run], out: Path) -> None:
         print(*key.values(), "done", flush=True)
 
 
-def table(path: Path) -> str:
+def table(path: Path, keys: Iterable[str] = KEYS) -> str:
     """Return means with standard errors over seeds as a Markdown table."""
     frame = pd.read_csv(path)
-    keys = [k for k in KEYS if k in frame]
+    keys = [k for k in keys if k in frame]
     numbers = [c for c in frame.columns if c not in (*keys, "seed")]
     groups = frame.groupby(keys, sort=False, dropna=False)[numbers]
     mean, error, runs = groups.mean(), groups.sem(), groups.size()

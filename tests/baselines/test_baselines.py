@@ -7,11 +7,19 @@ import pytest
 import scipy.sparse as sp
 
 from scvi_cradle import baselines
-from scvi_cradle.baselines import Additive, ControlMean, PerturbedMean, ShrunkenEffects
+from scvi_cradle.baselines import (
+    Additive,
+    ControlMean,
+    ElasticNet,
+    MultivariateShrinkage,
+    NearestNeighbors,
+    PerturbedMean,
+    ShrunkenEffects,
+)
 from scvi_cradle.baselines._shrinkage import shrink_effects
 from scvi_cradle.metrics import average_treatment_effects, evaluate
 
-ALL = [ControlMean, PerturbedMean, Additive, ShrunkenEffects]
+ALL = [ControlMean, PerturbedMean, Additive, ShrunkenEffects, MultivariateShrinkage, NearestNeighbors, ElasticNet]
 
 
 def make_cells(seed: int = 0, labels=("ctrl", "KLF1", "MAP2K6", "CEBPA", "CEBPA+KLF1"), n: int = 60) -> ad.AnnData:
@@ -171,7 +179,7 @@ class TestContract:
             make_cells(seed=5), generated, perturbation_key="target", control="ctrl", train=cells, n_bootstrap=20
         )
         assert np.isfinite(table["value"]).all()
-        if cls in (Additive, ShrunkenEffects):
+        if cls in (Additive, ShrunkenEffects, MultivariateShrinkage):
             assert table.loc["perturbation_discrimination", "value"] > 0.9
         if cls in (ControlMean,):
             assert table.loc["perturbation_discrimination", "value"] == 0.5
@@ -221,7 +229,7 @@ class TestContract:
         assert not cells.uns
 
 
-@pytest.mark.parametrize("cls", [Additive, ShrunkenEffects])
+@pytest.mark.parametrize("cls", [Additive, ShrunkenEffects, MultivariateShrinkage])
 def test_treatment_seen_in_combinations_only(cls) -> None:
     model = fitted(cls, make_cells(labels=("ctrl", "KLF1", "CEBPA+MAP2K6")))
     assert model.get_average_treatment_effects(["CEBPA+MAP2K6"]).n_obs == 1

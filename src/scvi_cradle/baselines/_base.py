@@ -67,10 +67,10 @@ class EffectBaseline(ABC):
             rows = rows[np.linspace(0, len(rows) - 1, MAX_CONTROLS).astype(np.int64)]
         self._rule = rule
         self._perturbation_key = perturbation_key
-        self._raw = effects
         self._table = LabelTable.from_labels(labels.categories, rule)
         self._controls = to_csr(get_matrix(adata, layer)[rows]).astype(np.float32)
         self._shifter = CountShifter(effects.var["control_mean"].to_numpy(), self._controls)
+        self._learn(effects)
         return self
 
     def get_average_treatment_effects(self, perturbations: Iterable[str] | None = None) -> AnnData:
@@ -98,8 +98,9 @@ class EffectBaseline(ABC):
         n_cells[[label for label in labels if label == self._rule.control_name]] = self._n_controls
         obs = pd.DataFrame({"n_cells": n_cells, COLUMNS.SEEN: self._seen(labels)}, index=pd.Index(labels))
         effects = self._effects(labels, members)
+        var = pd.DataFrame(index=self._raw.var_names.copy())
         uns = {CONTROL_UNS_KEY: self._rule.control_name}
-        return AnnData(effects, obs=obs, var=pd.DataFrame(index=self._raw.var_names.copy()), uns=uns)
+        return AnnData(effects, obs=obs, var=var, layers=self._layers(labels, members), uns=uns)
 
     def get_generated_expression(
         self, perturbations: Iterable[str] | None = None, n_samples: int = 100, *, seed: int | None = None
@@ -151,6 +152,10 @@ class EffectBaseline(ABC):
         var = pd.DataFrame(index=self._raw.var_names.copy())
         return AnnData(sp.vstack(blocks, format="csr"), obs=obs, var=var, uns=uns)
 
+    def _learn(self, effects: AnnData) -> None:
+        """Keep the training effects; subclasses learn more from them."""
+        self._raw = effects
+
     @property
     def _n_controls(self) -> int:
         return int(self._raw.uns["n_control_cells"])
@@ -158,6 +163,10 @@ class EffectBaseline(ABC):
     @abstractmethod
     def _effects(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> np.ndarray:
         """Return effects of canonical labels, shape ``(n_labels, n_genes)``; ``members`` are their treatments."""
+
+    def _layers(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
+        """Return what is known beside the effects, arrays of their shape."""
+        return {}
 
     def _request(
         self, perturbations: Iterable[str] | None, *, with_control: bool
@@ -193,9 +202,13 @@ class SumOfSingles(EffectBaseline):
 
     def _effects(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> np.ndarray:
         effects = self._label_effects()
+        return np.stack([effects[rows].sum(axis=0) for rows in self._rows(labels, members)])
+
+    def _rows(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """Return for every label the rows of the raw effects that are added up; none for the control."""
         row_of = {label: row for row, label in enumerate(self._raw.obs_names)}
-        out = np.zeros((len(labels), effects.shape[1]))
-        for row, (label, parts) in enumerate(zip(labels, members, strict=True)):
+        out = []
+        for label, parts in zip(labels, members, strict=True):
             names = [label] if label in row_of else [self._table.treatments[p] for p in parts]
             lacking = [n for n in names if n not in row_of]
             if lacking:
@@ -204,7 +217,7 @@ class SumOfSingles(EffectBaseline):
                     f"{preview(lacking)} is seen in combinations only: add these cells, or use `PerturbedMean`."
                 )
                 raise ValueError(msg)
-            out[row] = effects[[row_of[n] for n in names]].sum(axis=0)
+            out.append([row_of[n] for n in names])
         return out
 
 

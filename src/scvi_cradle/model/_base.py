@@ -17,6 +17,7 @@ from scvi.model.base import BaseModelClass
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
+from scvi_cradle.baselines import MultivariateShrinkage
 from scvi_cradle.data import check_query, label_rule, label_table
 
 
@@ -31,6 +32,7 @@ class LabelledModel(BaseModelClass):
     diagnostics_: dict[str, float] | None
     qc_record_: dict[str, Any] | None
     train_cells_: str | None
+    _shrinkage: MultivariateShrinkage | None  # of the training cells, once it was asked for
     _architecture: dict[str, Any]
     _training_settings: dict[str, Any]
 
@@ -100,7 +102,7 @@ class LabelledModel(BaseModelClass):
         )
         self.module.set_labels(table.padded_members())
         self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = self.train_cells_ = None
-        self.qc_record_ = None
+        self.qc_record_ = self._shrinkage = None
         self._model_summary_string = (
             f"{type(self).__name__} with {len(self._genes)} genes, {len(table.treatments)} treatments, "
             f"{len(table.labels)} labels; n_latent: {self._architecture['n_latent']}."

@@ -157,6 +157,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self.module.set_labels(members)
         self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}
         self.libraries_ = statistics.libraries
+        self._shrinkage = None
         if self.module.has_artifact:
             self._set_references(statistics)
 
