@@ -24,6 +24,7 @@ import torch
 import scvi_cradle as cradle
 
 CRITERIA = ("total_counts", "n_genes", "pct_mt", "pct_ribo", "pct_hb")
+N_LATENT = 50  # the size at which the tables were made; by default it follows the data (scaling_study.py)
 SETTINGS = {
     "default": {},
     "cf_weight=0": {"cf_weight": 0.0},
@@ -60,7 +61,7 @@ def train(
         adata.obs[flag] = False
     cradle.CradleVAE.setup_anndata(adata, artifact_key=flag, **setup)
     scvi.settings.seed = seed
-    model = cradle.CradleVAE(adata, **SETTINGS[variant])
+    model = cradle.CradleVAE(adata, n_latent=N_LATENT, **SETTINGS[variant])
     start = time.process_time()
     model.train(split_key="split", enable_progress_bar=False)
     return model, time.process_time() - start

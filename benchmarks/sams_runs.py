@@ -15,6 +15,7 @@ from cradle_study import correlations
 
 import scvi_cradle as cradle
 
+N_LATENT = 50  # the size at which the tables were made; by default it follows the data (scaling_study.py)
 N_PARTICLES = 100  # of IWELBO
 N_SCORED = 1500  # held-out cells of IWELBO, at most
 UNCHECKED = {"check_val_every_n_epoch": 10_000}  # no validation during training: the budget of steps is fixed
@@ -124,7 +125,9 @@ def inference(
     cls = getattr(cradle, name)
     cls.setup_anndata(adata, perturbation_key="perturbation")
     scvi.settings.seed = seed
-    model = cls(adata, posterior=posterior, **(PUBLISHED_DECODER if decoder == "sum, decoder" else {}))
+    model = cls(
+        adata, posterior=posterior, n_latent=N_LATENT, **(PUBLISHED_DECODER if decoder == "sum, decoder" else {})
+    )
     seconds = fit(model, seed, **(train or {}))
     population = adata.uns["truth"]["population_effects"]
     labels = list(population.index)
@@ -197,7 +200,8 @@ def papalexi(path: Path, name: str, preset: str, seed: int, *, max_steps: int | 
     cls = getattr(cradle, kind)
     cls.setup_anndata(adata, perturbation_key="perturbation", control="NT", **setup)
     scvi.settings.seed = seed
-    model = cls(adata, preset=preset, **settings)
+    size = {"n_latent": N_LATENT} if preset == "recommended" else {}
+    model = cls(adata, preset=preset, **size, **settings)
     seconds = fit(model, seed, **({"max_steps": max_steps} if preset == "paper" else {}))
     labels = sorted(set(full.obs["perturbation"]) - {"NT"})
     effects = model.get_average_treatment_effects(labels, seed=seed)

@@ -10,8 +10,9 @@ from typing import Any
 
 from scvi_cradle._validation import check_one_of, check_positive, check_probability
 
+MIN_LATENT, MAX_LATENT = 50, 800
 RECOMMENDED: dict[str, Any] = {
-    "n_latent": 50,
+    "n_latent": None,  # `latent_size` of the data
     "n_hidden": 128,
     "n_layers_encoder": 1,
     "n_layers_decoder": 1,
@@ -117,7 +118,7 @@ EFFECT_SETTINGS = (
     *("posterior", "embedding_prior_scale", "embedding_init_scale", "combine", "effect_path", "draws"),
     "encode_combinations",
 )
-CONDITIONAL_RECOMMENDED = _select(CPA_RECOMMENDED, without=EFFECT_SETTINGS)
+CONDITIONAL_RECOMMENDED = _select(CPA_RECOMMENDED, without=EFFECT_SETTINGS) | {"n_latent": MIN_LATENT}
 CONDITIONAL_PAPER = _select(CPA_PAPER, without=EFFECT_SETTINGS)
 SVAE_RECOMMENDED = CONDITIONAL_RECOMMENDED | {
     "variant": "sams",
@@ -234,13 +235,22 @@ def resolve(model: str, preset: str | None, given: dict[str, Any]) -> tuple[dict
     return {**architecture, **{k: v for k, v in given.items() if k in architecture and v is not None}}, dict(training)
 
 
+def latent_size(n_treatments: int, n_genes: int) -> int:
+    """Return the latent size of the recommended settings: ``sqrt(n_treatments * n_genes)``, rounded down, within limits.
+
+    Measured on simulated screens (``benchmarks/RESULTS.md``): with fewer dimensions masks close before treatments have
+    found theirs, the sooner the more genes there are; 800 is the largest size that was tried.
+    """
+    return min(max(math.isqrt(n_treatments * n_genes), MIN_LATENT), MAX_LATENT)
+
+
 def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, **allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` for an argument of the constructor that cannot be; ``allowed`` narrows the choices."""
     for name, choices in (CHOICES | allowed).items():
         if name in architecture:
             check_one_of(name, architecture[name], choices)
     for name in COUNTS:
-        if name in architecture:
+        if architecture.get(name) is not None:
             check_positive(name, architecture[name], integer=True)
     for name in POSITIVE:
         if name in architecture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 
@@ -156,21 +155,6 @@ def test_early_stopping_checkpoints_and_loggers_work(screen, tmp_path):
     assert any((tmp_path / "checkpoints").iterdir())
     assert list(tmp_path.rglob("metrics.csv"))
     assert model.is_trained
-
-
-def test_default_budget_grows_with_the_cells():
-    from scvi_cradle.model._training import resolve_epochs
-
-    assert resolve_epochs(None, None, math.ceil(3000 / 128), 3000) * math.ceil(3000 / 128) == pytest.approx(
-        1200, rel=0.03
-    )
-    assert resolve_epochs(None, None, math.ceil(15000 / 128), 15000) * 118 == pytest.approx(2050, rel=0.05)
-    assert resolve_epochs(None, None, 782, 100_000) == 5
-    assert resolve_epochs(None, None, 1, 50) == 307
-    assert resolve_epochs(None, None, 2, 200) == 244
-    assert resolve_epochs(None, None, 2000, 4_000_000) == 2
-    assert resolve_epochs(None, 7, 3, 300) == 3
-    assert resolve_epochs(9, None, 3, 300) == 9
 
 
 @pytest.mark.parametrize("preset", ["paper", "published"])

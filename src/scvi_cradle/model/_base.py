@@ -14,6 +14,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 from scvi.model.base import BaseModelClass
 
+from scvi_cradle import presets
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
@@ -93,6 +94,9 @@ class LabelledModel(BaseModelClass):
             raise ValueError(msg)
         table, fields = self._table, self.registry_["field_registries"]
         covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
+        if settings["n_latent"] is None:
+            settings["n_latent"] = presets.latent_size(len(table.treatments), len(self._genes))
+            self._architecture["n_latent"] = settings["n_latent"]
         self.module = self._module_cls(
             len(self._genes),
             len(table.treatments),
@@ -107,6 +111,10 @@ class LabelledModel(BaseModelClass):
             f"{type(self).__name__} with {len(self._genes)} genes, {len(table.treatments)} treatments, "
             f"{len(table.labels)} labels; n_latent: {self._architecture['n_latent']}."
         )
+
+    def _get_init_params(self, locals: dict[str, Any]) -> dict[str, Any]:
+        """Save the latent size that was chosen, so that a saved model is built as it was whatever is chosen later."""
+        return super()._get_init_params(locals | {"n_latent": self._architecture["n_latent"]})
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 

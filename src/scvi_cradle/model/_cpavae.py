@@ -30,7 +30,7 @@ class CPAVAE(SetupMixin, TrainingMixin, EffectsMixin):
     preset
         ``"recommended"`` (default): what was measured to work; ``"paper"``: the published settings.
     n_latent
-        Width of each latent part [50].
+        Width of each latent part [the square root of treatments times genes, at least 50 and at most 800].
     n_hidden, n_layers_encoder, n_layers_decoder
         Networks [128, 1, 1].
     embedding_prior_scale

@@ -41,7 +41,7 @@ class CradleVAE(SetupMixin, PassRateMixin, TrainingMixin, EffectsMixin):
         ``"recommended"`` (default): what was measured to work; ``"paper"``: the published settings;
         ``"published"``: the paper's settings with the behaviour of the published code (see the user guide), which warns.
     n_latent
-        Width of each latent part [50].
+        Width of each latent part [the square root of treatments times genes, at least 50 and at most 800].
     n_hidden, n_layers_encoder, n_layers_decoder
         Networks [128, 1, 1].
     mask_prior_prob, mask_prior_logit

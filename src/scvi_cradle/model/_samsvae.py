@@ -35,7 +35,7 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
         ``"recommended"`` (default): what was measured to work; ``"paper"``: the published settings for the Replogle
         screen (150,000 steps of 512 cells unless ``train`` is told otherwise).
     n_latent
-        Width of each latent part [50].
+        Width of each latent part [the square root of treatments times genes, at least 50 and at most 800].
     n_hidden, n_layers_encoder, n_layers_decoder
         Networks [128, 1, 1].
     mask_prior
