@@ -130,6 +130,20 @@ def test_measured_effects_share_no_cell_with_training(fold: tuple[Screen, Fold])
     np.testing.assert_allclose(found.real.X, real[found.held_out].X)
 
 
+def test_the_ceiling_is_of_the_cells_that_are_scored(fold: tuple[Screen, Fold]) -> None:
+    screen, found = fold
+    labels = screen.labels
+    truth = ((found.split == "test") & np.isin(labels, found.held_out)) | (
+        (found.split == found.control_split) & (labels == "NT")
+    )
+    truth &= ~found.failed
+    ceiling = metrics.replicate_ceiling(screen.adata[truth], **screen.reading, n_repeats=10, seed=0, train=found.train)
+    pd.testing.assert_frame_equal(found.ceiling, ceiling)
+    counts = pd.Series(labels[truth]).value_counts()
+    assert found.real.obs["n_cells"].tolist() == counts[found.held_out].tolist()
+    assert found.generated["n_cells"].tolist() == np.minimum(counts[found.held_out] // 2, 100).tolist()
+
+
 def test_a_fold_comes_back_from_disk(fold: tuple[Screen, Fold], tmp_path: Path) -> None:
     _, made = fold
     replace(made, notes=("said",)).write(tmp_path / "fold")
