@@ -71,7 +71,7 @@ def test_a_repeat_and_a_true_sampler_score_the_same_with_few_cells() -> None:
     assert known["n_cells"].tolist() == [4] * 40
     table = pd.DataFrame(generated_scores(real, sampler, labels, known, 0)).set_index("metric")
     for name in ("l2_of_means", "relative_rmse_of_mean", "relative_rmse", "r2_of_means"):
-        assert table.loc[name, "scaled"] == pytest.approx(1, abs=0.05), name
+        assert table.loc[name, "value"] == pytest.approx(table.loc[name, "ceiling"], rel=0.05), name
 
 
 def test_draws_are_of_the_label_and_seeded() -> None:

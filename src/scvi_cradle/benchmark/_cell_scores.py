@@ -103,7 +103,7 @@ def references(real: AnnData, train: AnnData, controls: AnnData, labels: list[st
         return label_scores(both[:n], both[n:], bandwidth)
 
     def nothing(label: str, n: int) -> dict[str, float]:
-        return label_scores(draw(real, label, rng, n), anyone[:n], bandwidth)
+        return label_scores(draw(real, label, rng, n), rng.permutation(anyone)[:n], bandwidth)
 
     means = {
         name: dict(table_of(score, labels, n_cells).mean())
