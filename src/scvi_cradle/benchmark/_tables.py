@@ -77,7 +77,9 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     Models in the order of the registry; one row per experiment, split, fraction, threshold, model and metric: ``mean``, ``ci_low``, ``ci_high`` (t interval;
-    for one seed the interval of the report), ``sd``, ``n_seeds``, and means of ``baseline``, ``ceiling``, ``scaled``.
+    for one seed the interval of the report), ``sd``, ``n_seeds``, means of ``baseline`` and ``ceiling``, and ``scaled``:
+    that of the means, NaN where the mean ceiling is not better than the mean baseline. A mean of ratios over the seeds
+    where they are defined would be too good.
     """
     rows = []
     for keys, group in tidy.groupby(KEYS, sort=False, dropna=False):
@@ -89,8 +91,11 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
             low, high = mean - half, mean + half
         else:
             low, high = float(group["ci_low"].iloc[0]), float(group["ci_high"].iloc[0])
-        means = group[["baseline", "ceiling", "scaled", "n_perturbations"]].mean()
-        rows.append([*keys, mean, low, high, sd, n, *means])
+        base, top = group[["baseline", "ceiling"]].mean(skipna=False)
+        n_perturbations = group["n_perturbations"].mean()
+        room = SIGNS.get(keys[-1], 1) * (top - base)
+        scaled = (mean - base) / (top - base) if room > 0 and np.isfinite(n_perturbations) else np.nan
+        rows.append([*keys, mean, low, high, sd, n, base, top, scaled, n_perturbations])
     measured = ["mean", "ci_low", "ci_high", "sd", "n_seeds", "baseline", "ceiling", "scaled", "n_perturbations"]
     order = {name: position for position, name in enumerate(REGISTRY)}
     table = pd.DataFrame(rows, columns=[*KEYS, *measured])
