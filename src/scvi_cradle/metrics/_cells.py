@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,10 @@ class Cells:
             own_layer = layer if layer in predicted.layers else None
         named = LabelRule(tuple(dict.fromkeys((*rule.control, rule.control_name))), rule.sep, rule.missing_is_control)
         return cls.read(predicted, key, named, layer=own_layer, name="predicted", need_control=False)
+
+    def subset(self, kept: np.ndarray) -> Cells:
+        """Return some of the cells; ``kept`` is boolean, and every label must keep a cell."""
+        return replace(self, matrix=self.matrix[np.flatnonzero(kept)], codes=self.codes[kept])
 
     @property
     def perturbations(self) -> list[str]:
