@@ -50,10 +50,8 @@ def log_normalize(block: sp.csr_matrix) -> sp.csr_matrix:
     return out
 
 
-def group_sums(
-    matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectMethod, squares: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum (transformed) counts, and their squares if asked, over groups of cells.
+def group_sums(matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectMethod) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (transformed) counts, and their squares, over groups of cells.
 
     Parameters
     ----------
@@ -65,15 +63,13 @@ def group_sums(
         Number of groups.
     method
         ``"perturbseq"``: log2 of counts per 1e4; ``"mean"``: counts.
-    squares
-        Whether to sum squares, too.
 
     Returns
     -------
-    Two float64 arrays of shape ``(n_groups, n_genes)``; the second is all zero without ``squares``.
+    Two float64 arrays of shape ``(n_groups, n_genes)``.
     """
     shape = (n_groups, matrix.shape[1])
-    total, total_of_squares = np.zeros(shape), np.zeros(shape if squares else (1, 1))
+    total, total_of_squares = np.zeros(shape), np.zeros(shape)
     for start, raw in iter_blocks(matrix):
         group = codes[start : start + raw.shape[0]]
         cells = np.flatnonzero(group >= 0)
@@ -82,23 +78,15 @@ def group_sums(
         block = log_normalize(raw) if method == "perturbseq" else raw.astype(np.float64)
         member = sp.csr_matrix((np.ones(len(cells)), (group[cells], cells)), shape=(n_groups, raw.shape[0]))
         total += (member @ block).toarray()
-        if squares:
-            block.sum_duplicates()
-            total_of_squares += (member @ block.power(2)).toarray()
+        block.sum_duplicates()
+        total_of_squares += (member @ block.power(2)).toarray()
     return total, total_of_squares
-
-
-def group_means(matrix: Any, codes: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells per group, shape ``(n_groups,)``, and mean log2 expression, shape ``(n_groups, n_genes)``."""
-    n_cells = np.bincount(codes[codes >= 0], minlength=n_groups)
-    total, _ = group_sums(matrix, codes, n_groups, method="perturbseq")
-    return n_cells, total / np.maximum(n_cells, 1)[:, None]
 
 
 def group_moments(matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectMethod) -> GroupMoments:
     """Return number of cells, mean and variance of every group; parameters as in :func:`group_sums`."""
     n_cells = np.bincount(codes[codes >= 0], minlength=n_groups)
-    total, squares = group_sums(matrix, codes, n_groups, method=method, squares=True)
+    total, squares = group_sums(matrix, codes, n_groups, method=method)
     mean = total / np.maximum(n_cells, 1)[:, None]
     spread = np.maximum(squares - total * mean, 0.0)  # sum of squared deviations, (n_groups, n_genes)
     dof = np.maximum(n_cells - 1, 0)
