@@ -59,8 +59,8 @@ def run_benchmark(
     settings
         What is run.
     out
-        Folder for the results, used by one run at a time (a lock sees to it). Several experiments and settings may share it: tables hold
-        those of the last run.
+        Folder for the results, used by one run at a time (a lock sees to it). Several experiments and settings may
+        share it: tables hold those of the last run.
     jobs
         Number of processes on this machine, each of one thread. A script that asks for several must protect its entry
         by ``if __name__ == "__main__":``.
@@ -78,7 +78,7 @@ def run_benchmark(
     Raises
     ------
     FileNotFoundError, KeyError, ValueError
-        For input that cannot be used, in one sentence, before anything is trained.
+        For input or a folder that cannot be used, in one sentence, before anything is computed.
     """
     check_settings(settings)
     check_positive("jobs", jobs, integer=True)
