@@ -164,7 +164,8 @@ def coverage(options: argparse.Namespace) -> pd.DataFrame:
         for n in (10, 25, 100):
             for _ in range(400):
                 chosen = rng.choice(shape[0], n, replace=False)
-                table = metrics.evaluate_effects(real[chosen], guess[chosen], seed=None, **arguments)
+                seed = int(rng.integers(2**31))
+                table = metrics.evaluate_effects(real[chosen], guess[chosen], seed=seed, **arguments)
                 covered = (table["ci_low"] <= truth["value"]) & (truth["value"] <= table["ci_high"])
                 rows += [
                     {"metric": m, "perturbations": n, "spread of strengths": spread, "covered": float(c)}

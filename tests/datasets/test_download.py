@@ -276,6 +276,16 @@ def test_known_hash(server: Server, folder: Path) -> None:
             fetch(*sources, known_hash="0" * 64, **arguments)
 
 
+@pytest.mark.parametrize("given", ["foo:12", "sha256:12", "md5:" + "0" * 64, "", "x" * 64, "sha1:" + "0" * 40])
+def test_what_is_no_hash(server: Server, folder: Path, given: str) -> None:
+    own = folder / "own.h5ad"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_bytes(server.files["a.h5ad"])
+    for arguments in ({}, {"path": own}):
+        with pytest.raises(ValueError, match="`known_hash` must be 'sha256:...'.*received " + repr(given)):
+            fetch(Source(server.url("a.h5ad"), "a.h5ad"), known_hash=given, **arguments)
+
+
 def test_offline(folder: Path) -> None:
     urls = [closed_url("a.h5ad"), closed_url("b.h5ad")]
     with pytest.raises(ConnectionError) as caught:

@@ -97,6 +97,15 @@ FORMS = [
         ["NT_1", "non-targeting_2", "Safe_H_1", "safe-harbor", "sgDgcr8_2", "Gnb1l-1", "Dgcr14g2", "Hira_g1", "Sept5"],
         ["control", "control", "control", "control", "Dgcr8", "Gnb1l", "Dgcr14", "Hira", "Sept5"],
     ),
+    # symbols of genes end like guides
+    (
+        "santinha",
+        "perturbation",
+        ["control", "Arg1", "Atg7", "Nkx2-1", "sgDgcr8_2"],
+        ["control", "Arg1", "Atg7", "Nkx2-1", "Dgcr8"],
+    ),
+    ("santinha", "guide_id", ["NT_1", "Atg7_1", "Arg1g2", "Nkx2-1_2"], ["control", "Atg7", "Arg1", "Nkx2-1"]),
+    ("papalexi", "gene_target", ["NT", "Atg7"], ["control", "Atg7"]),
     ("papalexi", "gene_target", ["NT", "JAK2"], ["control", "JAK2"]),
     ("papalexi", "guide_ID", ["NTg4", "JAK2g3", "IFNGR2g1"], ["control", "JAK2", "IFNGR2"]),
     ("papalexi", "perturbation", ["NT", "PDCD1LG2"], ["control", "PDCD1LG2"]),
@@ -253,6 +262,14 @@ def test_multimodal_papalexi(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.uns["guide_targets"], adata.uns["guide_targets"])
     with pytest.raises(ValueError, match="'rna' and 'gdo'; received"):
         datasets.papalexi(write_h5mu(tmp_path / "other.h5mu", rna=rna, adt=adt))
+
+
+def test_known_targets_are_not_read_as_guides(written: Callable[[ad.AnnData], Path]) -> None:
+    adata = made({"gene_target": ["NT", "Atg7"]})
+    adata.obsm["guide_counts"] = pd.DataFrame(np.eye(2, dtype=int), index=adata.obs_names, columns=["NTg1", "Atg7g2"])
+    for _ in range(2):  # the second time the targets are in the file
+        adata = datasets.papalexi(written(adata))
+        assert adata.uns["guide_targets"]["target"].tolist() == ["control", "Atg7"]
 
 
 def test_labels_of_the_guide_modality(tmp_path: Path) -> None:

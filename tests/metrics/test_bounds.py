@@ -32,3 +32,14 @@ def test_summary_by_group() -> None:
         iwelbo_summary(values, ["a"])
     with pytest.raises(ValueError, match="finite"):
         iwelbo_summary([np.nan])
+
+
+def test_groups_without_a_name_of_their_own() -> None:
+    values = np.array([1.0, 2, 4])
+    for missing in (None, np.nan, pd.NA):
+        with pytest.raises(ValueError, match="name the group of every cell; received 1 missing names"):
+            iwelbo_summary(values, pd.Series(["a", missing, "b"]))
+    with pytest.raises(ValueError, match="must not hold 'all'.*received it for 2 cells: rename"):
+        iwelbo_summary(values, ["all", "a", "all"])
+    table = iwelbo_summary(values, pd.Categorical(["b", "a", "nan"]))  # a name, not a missing one
+    assert list(table.index) == ["a", "b", "nan", "all"]

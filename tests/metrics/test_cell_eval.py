@@ -56,6 +56,19 @@ def test_controls_are_halved_where_the_prediction_has_none(real) -> None:
     assert theirs.obs_names.is_unique
 
 
+def test_a_perturbation_is_not_merged_into_the_controls() -> None:
+    real, predicted = (make_cells(["NT", "A", "non-targeting"], seed=seed) for seed in (1, 2))
+    with pytest.raises(
+        ValueError, match="No perturbation may be called 'non-targeting'.*received it beside control='NT'"
+    ):
+        to_cell_eval(real, predicted, **ARGUMENTS)
+    ours, theirs = to_cell_eval(real, predicted, perturbation_key="target_gene", control=["NT", "non-targeting"])
+    for adata in (ours, theirs):
+        assert dict(adata.obs["target"].value_counts()) == {"non-targeting": 60, "A": 30}
+    ours, _ = to_cell_eval(real, make_cells(["NT", "A"], seed=2), **ARGUMENTS)  # not asked for
+    assert dict(ours.obs["target"].value_counts()) == {"non-targeting": 30, "A": 30}
+
+
 def test_files(real, tmp_path) -> None:
     paths = write_cell_eval(real, make_cells(["A", "B"], seed=2), tmp_path / "new", **ARGUMENTS)
     assert [p.name for p in paths] == ["real.h5ad", "predicted.h5ad"]

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scvi_cradle.metrics import energy_distance, mmd_multiscale, mmd_rbf
+from scvi_cradle.metrics import (
+    energy_distance,
+    l2_of_means,
+    mmd_multiscale,
+    mmd_rbf,
+    published_r2_of_means,
+    published_relative_rmse,
+    r2_of_means,
+    relative_rmse,
+)
 
 
 def test_mmd_by_hand() -> None:
@@ -83,3 +95,45 @@ def test_energy_distance_takes_equal_numbers_and_chunks_do_not_matter(monkeypatc
 def test_errors(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(np.random.default_rng(0).normal(size=(5, 3)))
+
+
+PAIRED = [
+    mmd_rbf,
+    mmd_multiscale,
+    energy_distance,
+    relative_rmse,
+    published_relative_rmse,
+    r2_of_means,
+    published_r2_of_means,
+    l2_of_means,
+]
+
+
+@pytest.mark.parametrize("metric", PAIRED)
+def test_features_of_two_dataframes_are_paired_by_name(metric) -> None:
+    rng = np.random.default_rng(4)
+    x, y = (pd.DataFrame(rng.normal(size=(6, 3)) + [0, 4, 9], columns=["a", "b", "c"]) for _ in range(2))
+    expected = metric(x.to_numpy(), y.to_numpy())
+    assert metric(x, y[["c", "b", "a"]]) == expected
+    assert metric(x, y[["c", "b", "a"]].to_numpy()) != expected  # names are all that says so
+    with pytest.raises(ValueError, match="received DataFrames that differ in the columns 'c', 'd'"):
+        metric(x, y.rename(columns={"c": "d"}))
+    twice = ["a", "b", "b"]
+    with pytest.raises(ValueError, match="columns of `real` must be unique; received 'b' more than once"):
+        metric(x.set_axis(twice, axis=1), y.set_axis(twice, axis=1))
+
+
+def test_reference_of_mmd_is_paired_by_name() -> None:
+    rng = np.random.default_rng(5)
+    x, y, z = (pd.DataFrame(rng.normal(size=(6, 2)), columns=["a", "b"]) for _ in range(3))
+    with pytest.raises(ValueError, match="`real` and `reference` must have the same features"):
+        mmd_rbf(x, y, reference=z.rename(columns={"a": "c"}))
+
+
+def test_one_real_cell_sets_no_width() -> None:
+    one, many = np.zeros((1, 3)), np.random.default_rng(6).normal(size=(5, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="needs at least 2 cells of `real`; received 1: give `bandwidth`"):
+            mmd_rbf(one, many)
+        assert np.isfinite([mmd_rbf(one, many, bandwidth=1.0), mmd_rbf(one, many, reference=many)]).all()

@@ -74,6 +74,60 @@ def test_nothing_to_test_is_one_and_never_nan() -> None:
         assert np.isfinite(table.to_numpy()).all()
 
 
+@pytest.mark.parametrize("variance", ["reliability", "frequency", "biased"])
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix], ids=["dense", "sparse"])
+def test_constant_groups_have_no_variance_whatever_the_rounding(form, variance) -> None:
+    rng = np.random.default_rng(0)
+    constants = rng.gamma(1.0, 3.0, size=(2, 500)) * 10.0 ** rng.integers(-6, 6, size=500)
+    constants[:, :100] = [[0.1], [0.7]]
+    constants[1, 400:] = constants[0, 400:]
+    for _ in range(20):
+        n, m = rng.integers(2, 400, size=2)
+        x, y = (form(np.tile(c, (k, 1))) for c, k in zip(constants, (n, m), strict=True))
+        w, v = 1e-3 + 5 * rng.random(n), 1e-3 + 5 * rng.random(m)
+        table = weighted_welch(x, w, y, reference_weights=v, variance=variance)
+        assert (table["statistic"] == 0).all()
+        assert (table["pvalue"] == 1).all()
+        np.testing.assert_allclose(table["mean_difference"], constants[0] - constants[1], atol=1e-12 * constants.max())
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix], ids=["dense", "sparse"])
+def test_constant_gene_of_many_cells_with_equal_weights(form) -> None:
+    """Running sums of 300,000 times .1 drift by far more than one rounding."""
+    x = form(np.full((300_000, 1), 0.3))
+    assert weighted_welch(x, np.full(300_000, 0.1), form(np.full((5, 1), 0.2))).loc[0, "pvalue"] == 1
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix], ids=["dense", "sparse"])
+def test_small_variances_count(form) -> None:
+    """Only rounding is cut off: a spread of 1e-5 of the mean is tested as any other."""
+    rng = np.random.default_rng(1)
+    x, y = (7.0 * (1 + 1e-5 * rng.normal(size=(n, 4))) for n in (20, 30))
+    table = weighted_welch(form(x), np.ones(20), form(y))
+    np.testing.assert_allclose(table["pvalue"], ttest_ind(x, y, equal_var=False).pvalue, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variance", ["reliability", "biased"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200])
+def test_scale_of_the_weights_does_not_matter(variance, scale) -> None:
+    rng = np.random.default_rng(2)
+    x, y, w, v = rng.normal(size=(30, 5)), rng.normal(size=(40, 5)), rng.random(30), rng.random(40)
+    expected = weighted_welch(x, w, y, reference_weights=v, variance=variance)
+    scaled = weighted_welch(x, w * scale, y, reference_weights=v * scale, variance=variance)
+    np.testing.assert_allclose(scaled, expected, rtol=1e-9)
+
+
+def test_genes_of_two_dataframes_are_paired_by_name() -> None:
+    rng = np.random.default_rng(3)
+    x, y = (pd.DataFrame(rng.normal(size=(n, 3)) + [0, 5, 9], columns=list("abc")) for n in (10, 12))
+    expected = weighted_welch(x, np.ones(10), y)
+    pd.testing.assert_frame_equal(weighted_welch(x, np.ones(10), y[["c", "a", "b"]]), expected)
+    with pytest.raises(ValueError, match="must have the same features; received DataFrames that differ in .*'c', 'd'"):
+        weighted_welch(x, np.ones(10), y.rename(columns={"c": "d"}))
+    with pytest.raises(ValueError, match="columns of `x_test` must be unique; received 'a' more than once"):
+        weighted_welch(x[["a", "b", "c", "a"]], np.ones(10), y)
+
+
 def test_weights_from_expression_need_weighted_controls() -> None:
     """Null data, weights from an uninformative score of expression: only weighting the controls alike is calibrated."""
     rng = np.random.default_rng(0)

@@ -25,6 +25,7 @@ _CHUNK = 1 << 16
 _TIMEOUT = 30.0
 _OK, _PARTIAL, _BEYOND_THE_END = 200, 206, 416
 _HDF5_MEMBERS = (".h5ad", ".h5mu")
+_HEX_DIGITS = {"sha256": 64, "md5": 32}
 
 
 def data_folder() -> Path:
@@ -57,8 +58,9 @@ def locate(
     ConnectionError
         If the file is not there and no address answers with it.
     ValueError
-        If the file differs from ``known_hash`` or from the one that was downloaded first.
+        If ``known_hash`` is no hash, or the file differs from it or from the one that was downloaded first.
     """
+    _check_form(known_hash)
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
@@ -239,6 +241,16 @@ def _content_range(answer: Response) -> tuple[int, int]:
     span, _, total = values.partition("/")
     start = span.partition("-")[0]
     return (int(start), int(total)) if unit == "bytes" and start.isdigit() and total.isdigit() else (-1, -1)
+
+
+def _check_form(known_hash: str | None) -> None:
+    """Raise ``ValueError`` for a hash that no file can have."""
+    if known_hash is None:
+        return
+    algorithm, _, value = str(known_hash).rpartition(":")
+    if len(value) != _HEX_DIGITS.get(algorithm or "sha256") or not set(value.lower()) <= set("0123456789abcdef"):
+        msg = f"`known_hash` must be 'sha256:...', 'md5:...' or a bare SHA-256, with 64 or 32 hexadecimal digits; received {known_hash!r}."
+        raise ValueError(msg)
 
 
 def _check_hash(file: Path, known_hash: str | None) -> None:

@@ -39,6 +39,11 @@ class LabelForm:
         Regular expression of what stands between targets; empty: labels are not split.
     rewrite
         Regular expressions and their replacements, applied to a label before it is split: from guides to targets.
+    guide_columns
+        Columns that may name guides instead of targets; names of guides in ``obsm`` are read as theirs.
+    guide_rewrite
+        What is applied in the place of ``rewrite`` to names of guides: what ends the name of a guide may end the name
+        of a gene (``"JAK2g3"``, ``"Atg7"``).
     empty_is_control
         Columns in which an empty label stands for a control; elsewhere such cells have no known label.
     """
@@ -46,12 +51,14 @@ class LabelForm:
     columns: tuple[str, ...]
     separators: str = r"[+,;]"
     rewrite: tuple[tuple[str, str], ...] = ()
+    guide_columns: tuple[str, ...] = ()
+    guide_rewrite: tuple[tuple[str, str], ...] = ()
     empty_is_control: tuple[str, ...] = ()
 
-    def canonical(self, label: str) -> str:
-        """Return ``"control"``, ``"A"`` or ``"A+B"`` for a label as it stands in a file."""
+    def canonical(self, label: str, *, guide: bool = False) -> str:
+        """Return ``"control"``, ``"A"`` or ``"A+B"`` for a label, or the name of a guide, as it stands in a file."""
         text = label.strip()
-        for pattern, replacement in self.rewrite:
+        for pattern, replacement in self.guide_rewrite if guide else self.rewrite:
             text = re.sub(pattern, replacement, text)
         if _CONTROL_NAMES.fullmatch(text):
             return CONTROL
@@ -91,7 +98,7 @@ def _read_label(raw: Any, column: str, form: LabelForm) -> str | None:
     text = "" if pd.isna(raw) else str(raw).strip()
     if not pd.isna(raw) and not text and column in form.empty_is_control:
         return CONTROL
-    return None if text.lower() in _NO_LABEL else form.canonical(text)
+    return None if text.lower() in _NO_LABEL else form.canonical(text, guide=column in form.guide_columns)
 
 
 def in_package_form(adata: AnnData, labels: pd.Series) -> AnnData:
@@ -190,4 +197,5 @@ def guide_targets(adata: AnnData, form: LabelForm) -> pd.DataFrame:
     guides = [str(guide) for guide in adata.obsm[GUIDE_COUNTS].columns]
     table = adata.uns.get(GUIDE_TARGETS)
     known = dict(zip(table["guide"], table["target"], strict=True)) if isinstance(table, pd.DataFrame) else {}
-    return pd.DataFrame({"guide": guides, "target": [form.canonical(str(known.get(g, g))) for g in guides]})
+    targets = [form.canonical(str(known[g])) if g in known else form.canonical(g, guide=True) for g in guides]
+    return pd.DataFrame({"guide": guides, "target": targets})

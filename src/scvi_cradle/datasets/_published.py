@@ -48,18 +48,24 @@ _REPLOGLE = {
     "gene": LabelForm(columns=("gene", "condition", "perturbation")),
     "guide_pair": LabelForm(columns=("sgID_AB",), separators="", rewrite=((r"(?i)^non[-_]targeting.*$", "control"),)),
 }
+_SANTINHA_PREFIXES = (
+    (
+        r"(?i)^(?:nt|non[-_ ]?targeting|control|safe[-_ ]?(?:h|harbou?r))(?:[-_ ]?(?:g|guide)?[-_ ]?\d+)?$",
+        "control",
+    ),
+    (r"^sg[-_ ]?", ""),
+)
 _SANTINHA = LabelForm(
     columns=("perturbation", "condition", "guide_id"),
-    rewrite=(
-        (
-            r"(?i)^(?:nt|non[-_ ]?targeting|control|safe[-_ ]?(?:h|harbou?r))(?:[-_ ]?(?:g|guide)?[-_ ]?\d+)?$",
-            "control",
-        ),
-        (r"^sg[-_ ]?", ""),
-        (r"(?:[-_ ]?g[-_]?|[-_])\d+$", ""),
-    ),
+    rewrite=(*_SANTINHA_PREFIXES, (r"_g?\d+$", "")),  # no symbol of a gene has an underscore
+    guide_columns=("guide_id",),
+    guide_rewrite=(*_SANTINHA_PREFIXES, (r"(?:[-_ ]?g[-_]?|[-_])\d+$", "")),
 )
-_PAPALEXI = LabelForm(columns=("gene_target", "perturbation", "guide_ID", "guide"), rewrite=((r"g\d+$", ""),))
+_PAPALEXI = LabelForm(
+    columns=("gene_target", "perturbation", "guide_ID", "guide"),
+    guide_columns=("guide_ID", "guide"),
+    guide_rewrite=((r"g\d+$", ""),),
+)
 
 
 def norman(

@@ -63,20 +63,34 @@ def iwelbo_summary(bounds: ArrayLike, groups: Sequence[str] | pd.Series | None =
     Raises
     ------
     ValueError
-        For NaN or infinite bounds, no cell, or another number of groups.
+        For NaN or infinite bounds, no cell, another number of groups, a cell without a group, or a group of the name
+        ``"all"``.
     """
     values = np.asarray(bounds, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         msg = f"`bounds` must hold one finite number for every cell; received shape {values.shape}"
         msg += " with NaN or infinite values." if values.ndim == 1 and len(values) else "."
         raise ValueError(msg)
-    names = np.full(len(values), ALL) if groups is None else np.asarray(groups, dtype=str)
-    if names.shape != values.shape:
-        msg = f"`groups` must hold one name for every cell, {len(values)} of them; received shape {names.shape}."
-        raise ValueError(msg)
+    names = np.full(len(values), "") if groups is None else _names(groups, len(values))
     parts = {} if groups is None else {name: values[names == name] for name in sorted(set(names))}
     rows = {name: _row(part) for name, part in (parts | {ALL: values}).items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "sem", "n_cells"]).astype({"n_cells": int})
+
+
+def _names(groups: Sequence[str] | pd.Series, n_cells: int) -> np.ndarray:
+    """Return the group of every cell as text."""
+    given = np.asarray(groups, dtype=object)
+    if given.shape != (n_cells,):
+        msg = f"`groups` must hold one name for every cell, {n_cells} of them; received shape {given.shape}."
+        raise ValueError(msg)
+    if pd.isna(given).any():
+        msg = f"`groups` must name the group of every cell; received {int(pd.isna(given).sum())} missing names: leave these cells out or name their group."
+        raise ValueError(msg)
+    names = given.astype(str)
+    if (names == ALL).any():
+        msg = f"`groups` must not hold {ALL!r}, the name of the row of all cells; received it for {int((names == ALL).sum())} cells: rename the group."
+        raise ValueError(msg)
+    return names
 
 
 def _row(values: np.ndarray) -> list[float]:

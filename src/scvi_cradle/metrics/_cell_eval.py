@@ -46,12 +46,16 @@ def to_cell_eval(
     Raises
     ------
     KeyError, ValueError
-        As :func:`evaluate`.
+        As :func:`evaluate`; ``ValueError`` also for a predicted perturbation called ``"non-targeting"`` beside other
+        controls.
     """
     rule = LabelRule.create(control, sep)
     truth = Cells.read(real, perturbation_key, rule, layer=layer, name="real")
     other = Cells.read_predicted(predicted, perturbation_key, rule, layer)
     check_predicted(truth, other)
+    if CONTROL in other.perturbations:
+        msg = f"No perturbation may be called {CONTROL!r}, cell-eval's name of the controls; received it beside control={control!r}: name it in `control` if its cells are controls, else rename it."
+        raise ValueError(msg)
     kept = [*other.perturbations, rule.control_name]
     if rule.control_name in other.labels:
         return _cells(truth, kept, None), _cells(other, kept, None, truth.genes)

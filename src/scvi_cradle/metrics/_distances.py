@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from scipy.spatial.distance import cdist
 
 from scvi_cradle._matrix import iter_blocks
-from scvi_cradle._validation import check_positive
+from scvi_cradle._validation import check_positive, preview
 
 CHUNK = 1_000
 N_REFERENCE = 500
@@ -26,7 +27,9 @@ def mmd_rbf(
     ----------
     real, predicted
         Cells, shapes ``(n_real, n_features)`` and ``(n_predicted, n_features)``: array, DataFrame or sparse matrix, in
-        any one space (latent or log-normalised), which is for the caller to name.
+        any one space (latent or log-normalised), which is for the caller to name. Of two DataFrames the columns of the
+        second are put in the order of the first. All cells are taken: where values are compared, draw as many cells of
+        every group first (:func:`energy_distance` does so itself), since the value falls with their number.
     bandwidth
         Middle width :math:`\sigma_0`. ``None``: square root of the median squared distance between cells of
         ``reference``, of at most 500 of them, evenly spaced.
@@ -45,10 +48,16 @@ def mmd_rbf(
     Raises
     ------
     ValueError
-        For NaN, too few cells, other numbers of features, or a width of 0.
+        For NaN, too few cells (the median needs two), other features, or a width of 0.
     """
     x, y = paired_cells(real, predicted, 2 if unbiased else 1)
     if bandwidth is None:
+        if reference is None and len(x) < 2:
+            msg = (
+                "The width of the kernel needs at least 2 cells of `real`; received 1: give `bandwidth` or `reference`."
+            )
+            raise ValueError(msg)
+        reference = in_order_of(real, reference, "real", "reference")
         anchor = x if reference is None else as_cells(reference, "reference", 2)
         bandwidth = _median_distance(anchor, x.shape[1])
     check_positive("bandwidth", bandwidth)
@@ -72,7 +81,7 @@ def mmd_multiscale(real: Any, predicted: Any, *, unbiased: bool = False) -> floa
     Raises
     ------
     ValueError
-        For NaN, too few cells or other numbers of features.
+        For NaN, too few cells or other features.
     """
     x, y = paired_cells(real, predicted, 2 if unbiased else 1)
     return _mmd(x, y, PUBLISHED_BANDWIDTHS.tolist(), unbiased=unbiased)
@@ -103,7 +112,7 @@ def energy_distance(
     Raises
     ------
     ValueError
-        For NaN, fewer than two cells, other numbers of features, or ``n_cells`` above what there is.
+        For NaN, fewer than two cells, other features, or ``n_cells`` above what there is.
 
     References
     ----------
@@ -155,11 +164,34 @@ def _median_distance(cells: np.ndarray, n_features: int) -> float:
 
 
 def paired_cells(real: Any, predicted: Any, n_least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return both groups as dense float64 matrices with the same features in the same order."""
+    predicted = in_order_of(real, predicted, "real", "predicted")
     x, y = as_cells(real, "real", n_least), as_cells(predicted, "predicted", n_least)
     if x.shape[1] != y.shape[1]:
         msg = f"`real` and `predicted` must have the same features; received {x.shape[1]} and {y.shape[1]}."
         raise ValueError(msg)
     return x, y
+
+
+def in_order_of(first: Any, second: Any, name: str, other: str) -> Any:
+    """Return ``second`` with its columns in the order of ``first`` where both are DataFrames, else as it is.
+
+    Raises
+    ------
+    ValueError
+        If two DataFrames have other columns, or columns of one name.
+    """
+    if not (isinstance(first, pd.DataFrame) and isinstance(second, pd.DataFrame)):
+        return second
+    differing = first.columns.symmetric_difference(second.columns, sort=False)
+    if len(differing):
+        msg = f"`{name}` and `{other}` must have the same features; received DataFrames that differ in the columns {preview(differing)}: rename or choose columns, or pass arrays."
+        raise ValueError(msg)
+    for table, which in ((first, name), (second, other)):
+        if not table.columns.is_unique:
+            msg = f"The columns of `{which}` must be unique; received {preview(table.columns[table.columns.duplicated()].unique())} more than once: make them unique, or pass arrays."
+            raise ValueError(msg)
+    return second[first.columns]
 
 
 def as_cells(values: Any, name: str, n_least: int) -> np.ndarray:

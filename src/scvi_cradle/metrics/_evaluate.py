@@ -18,7 +18,7 @@ from scvi_cradle.metrics._panel import Panel
 from scvi_cradle.metrics._replicate import MAX_CELLS, Reference, can_be_parted, replicate
 from scvi_cradle.metrics._report import build_report
 
-N_REPEATS = 5
+N_REPEATS = 10
 DEPTH_RATIO = 1.2
 FEWEST_OWN = 3  # perturbations whose own mean is a baseline
 

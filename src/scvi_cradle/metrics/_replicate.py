@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from scvi_cradle.metrics._rows import less
 from scvi_cradle.metrics._scores import mean_effect
 
 N_PARTS = 4
+AT_ONCE = 5  # partitions
 MAX_CELLS = 100  # of an energy distance
 Contributions = dict[str, np.ndarray]
 
@@ -130,9 +131,8 @@ def replicate(
     rows = [cells.labels.index(label) for label in kept]
     control = cells.labels.index(cells.rule.control_name)
     halves, quarters = [], []
-    for _ in range(n_repeats):
-        part = cells.parts(rng, n_parts)
-        n, total = cells.sums(part, n_parts)
+    partitions = [cells.parts(rng, n_parts) for _ in range(n_repeats)]
+    for part, n, total in _sums(cells, partitions, n_parts):
         half = part % 2
         distance = half_distances(cells, kept, half, rng) if distances else None
         pairs = [(slice(0, None, 2), slice(1, None, 2))]
@@ -146,6 +146,16 @@ def replicate(
         halves.append(contributions(panels[0]))
         quarters += [contributions(p) for p in panels[1:]]
     return Replicate(kept, len(cells.genes), halves, quarters)
+
+
+def _sums(
+    cells: Cells, partitions: list[np.ndarray], n_parts: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield partitions with their sums, a few at a time: each holds a number for every part, label and gene."""
+    for i in range(0, len(partitions), AT_ONCE):
+        chosen = partitions[i : i + AT_ONCE]
+        for part, (n, total) in zip(chosen, cells.sums(chosen, n_parts), strict=True):
+            yield part, n, total
 
 
 def _shifts(
@@ -182,7 +192,7 @@ def replicate_ceiling(
     layer: str | None = None,
     train: AnnData | None = None,
     exclude_targets: bool = False,
-    n_repeats: int = 5,
+    n_repeats: int = 10,
     seed: int | None = 0,
 ) -> pd.DataFrame:
     """Score the experiment against itself: what a repeat with half of the cells, or with all of them, would reach.

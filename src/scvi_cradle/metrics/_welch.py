@@ -12,9 +12,10 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
 from scvi_cradle._validation import check_one_of
-from scvi_cradle.metrics._distances import as_cells
+from scvi_cradle.metrics._distances import as_cells, in_order_of
 
 Variance: TypeAlias = Literal["reliability", "frequency", "biased"]
+ROUNDING = 1e-12  # of the weighted sum of squares: a smaller spread is none
 
 
 class _Moments(NamedTuple):
@@ -62,7 +63,8 @@ def weighted_welch(
     ----------
     x_test, x_reference
         Expression, shapes ``(n_test, n_genes)`` and ``(n_reference, n_genes)``: array, sparse matrix or DataFrame,
-        whose columns then name the genes.
+        whose columns then name the genes. Of two DataFrames the columns of ``x_reference`` are put in the order of
+        ``x_test``.
     weights
         Weight of every test cell, e.g. the probability that it is perturbed, shape ``(n_test,)``.
     reference_weights
@@ -76,12 +78,13 @@ def weighted_welch(
     -------
     DataFrame over genes: ``statistic``, ``df``, ``pvalue`` (two-sided), ``mean_difference`` (test minus reference),
     ``n_eff`` of the test cells. Where there is nothing to test (an effective size of 1 or less, no variance, a
-    denominator that is not positive) the statistic is 0 and the p-value 1.
+    denominator that is not positive) the statistic is 0 and the p-value 1. A group whose spread around its mean is
+    below 1e-12 of its sum of squares has no variance: the rest is rounding.
 
     Raises
     ------
     ValueError
-        For NaN, negative weights, or shapes that do not fit.
+        For NaN, negative weights, shapes that do not fit, or DataFrames with other or doubled columns.
 
     Notes
     -----
@@ -97,6 +100,7 @@ def weighted_welch(
     """
     check_one_of("variance", variance, ("reliability", "frequency", "biased"))
     genes = next((x.columns for x in (x_test, x_reference) if isinstance(x, pd.DataFrame)), None)
+    x_reference = in_order_of(x_test, x_reference, "x_test", "x_reference")
     test, reference = _matrix(x_test, "x_test"), _matrix(x_reference, "x_reference")
     if test.shape[1] != reference.shape[1]:
         msg = f"`x_test` and `x_reference` must have the same genes; received {test.shape[1]} and {reference.shape[1]}."
@@ -111,8 +115,9 @@ def weighted_welch(
     valid = (a.n_eff > 1) & (b.n_eff > 1) & (squared > 0)
     safe = np.where(valid, squared, 1.0)
     statistic = np.where(valid, difference / np.sqrt(safe), 0.0)
-    spread = part_a**2 / max(a.n_eff - 1, 1e-12) + part_b**2 / max(b.n_eff - 1, 1e-12)
-    df = np.where(valid, safe**2 / np.where(valid, spread, 1.0), 1.0)
+    share_a, share_b = part_a / safe, part_b / safe
+    spread = share_a**2 / max(a.n_eff - 1, 1e-12) + share_b**2 / max(b.n_eff - 1, 1e-12)
+    df = np.where(valid, 1.0 / np.where(valid, spread, 1.0), 1.0)
     pvalue = np.where(valid, 2.0 * student_t.sf(np.abs(statistic), df), 1.0)
     columns = {
         "statistic": statistic,
@@ -125,17 +130,24 @@ def weighted_welch(
 
 
 def _moments(x: np.ndarray | sp.csr_matrix, w: np.ndarray, variance: Variance) -> _Moments:
-    total = float(w.sum())
-    if total == 0:
+    x, w = x[w > 0], w[w > 0]
+    if not len(w):
         return _Moments(np.zeros(x.shape[1]), np.zeros(x.shape[1]), 0.0)
+    if variance != "frequency":  # the other forms do not depend on the scale, squares of small weights would be lost
+        w = w / w.max()
+    total = float(w.sum())
     mean = np.asarray(w @ x).ravel() / total
     if isinstance(x, sp.csr_matrix):  # the zeros of a gene contribute (sum of their weights) * mean^2
         stored = sp.csr_matrix((np.ones_like(x.data), x.indices, x.indptr), shape=x.shape)
+        zeros = np.maximum(total - np.asarray(w @ stored).ravel(), 0.0)
+        zeros[stored.getnnz(axis=0) == x.shape[0]] = 0.0
         centred = x.copy()
         centred.data = (x.data - mean[x.indices]) ** 2
-        squares = np.asarray(w @ centred).ravel() + np.maximum(total - np.asarray(w @ stored).ravel(), 0.0) * mean**2
+        squares = np.asarray(w @ centred).ravel() + zeros * mean**2
+        size = np.asarray(w @ x.power(2)).ravel()
     else:
-        squares = w @ (x - mean) ** 2
+        squares, size = w @ (x - mean) ** 2, w @ x**2
+    squares = np.where(squares > ROUNDING * size, squares, 0.0)
     denominator = {
         "reliability": total - float((w**2).sum()) / total,
         "frequency": total - 1.0,
