@@ -171,6 +171,13 @@ def test_user_errors(
     assert not (tmp_path / "out").exists()
 
 
+def test_out_must_be_a_folder(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = ["--data", str(tiny_file), "--perturbation-key", "gene", "--control", "NT", "--artifact-key", "bad"]
+    assert main([*words, "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: `out` must be a folder, or a place where one can be made")
+
+
 def test_arguments() -> None:
     options = parse(["--control", "NT", "non-targeting", "--sep", ""])
     assert options.control == ["NT", "non-targeting"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from scvi_cradle._validation import check_positive
 from scvi_cradle.benchmark._cell import load_screen
 from scvi_cradle.benchmark._figures import draw
-from scvi_cradle.benchmark._folds import make_split
-from scvi_cradle.benchmark._settings import BenchmarkSettings, check_settings
-from scvi_cradle.benchmark._store import remove_leftovers, write_json, write_text
+from scvi_cradle.benchmark._folds import check_split
+from scvi_cradle.benchmark._settings import BenchmarkSettings, Cell, check_settings
+from scvi_cradle.benchmark._store import locked_folder, remove_leftovers, write_json, write_text
 from scvi_cradle.benchmark._tables import errors_table, report, summarize, tidy_table
 from scvi_cradle.benchmark._tasks import run_missing
 
@@ -58,8 +59,8 @@ def run_benchmark(
     settings
         What is run.
     out
-        Folder for the results, used by one run at a time. Several experiments and settings may share it: tables hold
-        those of the last run.
+        Folder for the results, used by one run at a time (a lock sees to it). Several experiments and settings may
+        share it: tables hold those of the last run.
     jobs
         Number of processes on this machine, each of one thread. A script that asks for several must protect its entry
         by ``if __name__ == "__main__":``.
@@ -77,18 +78,24 @@ def run_benchmark(
     Raises
     ------
     FileNotFoundError, KeyError, ValueError
-        For input that cannot be used, in one sentence, before anything is trained.
+        For input or a folder that cannot be used, in one sentence, before anything is computed.
     """
     check_settings(settings)
     check_positive("jobs", jobs, integer=True)
     if scheduler is not None and jobs != 1:
         msg = f"Cells run in processes of this machine or on a cluster; received jobs={jobs!r} and scheduler={scheduler!r}: leave one out."
         raise ValueError(msg)
-    make_split(load_screen(settings), settings.cells()[0])  # whether the data have what the experiment needs
+    screen = load_screen(settings)
+    for cell in {(c.seed, c.fraction): c for c in settings.cells()}.values():
+        check_split(screen, cell)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    results = run_missing(settings, folder, jobs=jobs, scheduler=scheduler, progress=progress)
+    with locked_folder(folder):
+        remove_leftovers(folder)
+        results = run_missing(settings, folder, jobs=jobs, scheduler=scheduler, progress=progress)
+        return _write(settings, results, folder)
+
+
+def _write(settings: BenchmarkSettings, results: dict[Cell, dict[str, Any]], folder: Path) -> BenchmarkResult:
     cells = tidy_table(results)
     summary, errors = summarize(cells), errors_table(results)
     text = report(settings, summary, results)

@@ -140,13 +140,7 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
     name, split, candidates = make_split(screen, cell)
     failed, records = _label(screen, cell, split, doublets)
     labels, control = screen.labels, screen.rule.control_name
-    trained = set(labels[(split == "train") & ~failed])
-    known = {t for label in trained for t in screen.rule.treatments(label)}
-    if candidates is None:
-        candidates = sorted(set(labels[split == "test"]) - {control})
-    trainable = [label for label in candidates if known.issuperset(screen.rule.treatments(label))]
-    held_out, control_split, _ = scored_labels(labels, split, failed, control, trainable)
-    lacking = sorted(set(candidates) - set(held_out))
+    held_out, lacking, control_split = _choose(screen, split, failed, candidates)
     truth = ~failed & (
         ((split == "test") & np.isin(labels, held_out)) | ((split == control_split) & (labels == control))
     )
@@ -168,6 +162,27 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
         notes=(f"Not predicted, too few held-out or training cells that passed: {preview(lacking, 20)}.",)
         * bool(lacking),
     )
+
+
+def _choose(
+    screen: Screen, split: np.ndarray, failed: np.ndarray, candidates: list[str] | None
+) -> tuple[list[str], list[str], str]:
+    """Return the labels to predict, those that cannot be, and the part of the split with their controls."""
+    labels, control = screen.labels, screen.rule.control_name
+    trained = set(labels[(split == "train") & ~failed])
+    known = {t for label in trained for t in screen.rule.treatments(label)}
+    if candidates is None:
+        candidates = sorted(set(labels[split == "test"]) - {control})
+    trainable = [label for label in candidates if known.issuperset(screen.rule.treatments(label))]
+    held_out, control_split, _ = scored_labels(labels, split, failed, control, trainable)
+    return held_out, sorted(set(candidates) - set(held_out)), control_split
+
+
+def check_split(screen: Screen, cell: Cell) -> None:
+    """Raise ``ValueError`` if a split leaves nothing to predict or no controls, even where no threshold flags a cell."""
+    _, split, candidates = make_split(screen, cell)
+    failed = np.zeros(len(split), dtype=bool) if screen.failed is None else screen.failed
+    _choose(screen, split, failed, candidates)
 
 
 def make_split(screen: Screen, cell: Cell) -> tuple[str, np.ndarray, list[str] | None]:

@@ -18,6 +18,7 @@ from scvi_cradle import pl
 from scvi_cradle.benchmark import _tables as tables
 from scvi_cradle.benchmark._prepare import LOGGER, SPLIT, DemoSettings, Prepared, prepare
 from scvi_cradle.benchmark._scores import CEILING, KNOWN, MODEL, Scores, quality_table, score
+from scvi_cradle.benchmark._store import make_folder
 from scvi_cradle.model import CradleVAE
 
 N_GENERATED = 200
@@ -70,7 +71,7 @@ def run_demo(settings: DemoSettings | None = None, *, out: str | Path = "demo_ou
 
 def run_prepared(prepared: Prepared, settings: DemoSettings, out: Path) -> pd.DataFrame:
     """Train, generate, compare and write; parameters as of :func:`run_demo`."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with _threads(prepared.adata.n_vars):
         model = _train(prepared, settings)
         generated = _generate(model, prepared, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+LOGGER = logging.getLogger("scvi_cradle.benchmark")
 CELLS, FOLDS = "cells", "folds"
 
 
@@ -51,9 +55,59 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or ``None`` if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def read_json(path: Path, *keys: str) -> Any:
+    """Return the content of a JSON file, or ``None`` if there is none, or none with these keys that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and content.keys() >= set(keys):
+        return content
+    LOGGER.warning("%s cannot be read and counts as missing.", path)
+    return None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, unless it is there.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be made or written into, in one sentence.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        msg = f"`out` must be a folder, or a place where one can be made; received {str(path)!r}: {error.strerror}."
+        raise ValueError(msg) from error
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder for results, and keep other runs from it; the system frees it if this one is killed.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be made, or another run uses it, in one sentence.
+    """
+    make_folder(path)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        msg = f"`out` is used by one run at a time; received {str(path)!r}, which another run is using: wait for it, or name another folder."
+        raise ValueError(msg) from error
+    except NotImplementedError:
+        LOGGER.warning("The file system of %s has no locks: see to it that no other run uses it.", path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,12 +12,15 @@ from tqdm import tqdm
 
 from scvi_cradle.benchmark import _cell, _cell_scores, _folds
 from scvi_cradle.benchmark._cell import build_fold, find_doublets, run_cells
+from scvi_cradle.benchmark._folds import Fold
 from scvi_cradle.benchmark._models import REGISTRY, resolved_settings
 from scvi_cradle.benchmark._runners import Runner, runner
+from scvi_cradle.benchmark._screen import first_line
 from scvi_cradle.benchmark._settings import BenchmarkSettings, Cell
 from scvi_cradle.benchmark._store import (
     CELLS,
     FOLDS,
+    LOGGER,
     file_digest,
     fingerprint,
     read_json,
@@ -65,7 +69,7 @@ def places(settings: BenchmarkSettings, out: Path) -> dict[Cell, Place]:
         of_fold = fingerprint(common | {"cell": cell._replace(model="")._asdict()})
         model = REGISTRY[cell.model]
         arguments = resolved_settings(model, settings.preset, settings.max_steps)
-        whole = {"fold": of_fold, "model": [model.kind, model.failed, arguments], "name": cell.model}
+        whole: dict[str, Any] = {"fold": of_fold, "model": [model.kind, model.failed, arguments], "name": cell.model}
         whole |= {"preset": settings.preset, "constants": scored}
         doublets = None if cell.threshold is None else out / FOLDS / f"doublets-{fingerprint(common)}.json"
         name = "-".join([_slug(cell), fingerprint(whole)])
@@ -89,8 +93,25 @@ def _slug(cell: Cell) -> str:
 
 def is_done(result: Path) -> bool:
     """Whether there is a result that is no error."""
-    content = read_json(result)
-    return content is not None and content["error"] is None
+    content = read_json(result, "cell", "error", "notes")
+    return content is not None and content["error"] is None and {"rows", "split"} <= content.keys()
+
+
+def _has_doublets(path: Path) -> bool:
+    return read_json(path, "doublets", "notes") is not None
+
+
+def _has_fold(path: Path) -> bool:
+    """Whether there is a whole fold; what is left of a damaged one is removed."""
+    if not path.is_dir():
+        return False
+    try:
+        Fold.read(path)
+    except (OSError, KeyError, ValueError) as error:
+        LOGGER.warning("%s cannot be read and is made again: %s.", path, first_line(error))
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 def run_missing(
@@ -123,7 +144,7 @@ def run_missing(
 def _run(run: Runner, settings: BenchmarkSettings, missing: dict[Cell, Place], bar: Any) -> None:
     """Run three rounds of tasks: doublets, folds, cells. A task of which something failed before is not begun."""
     bar.set_postfix_str("doublets")
-    doublets = {p.doublets for p in missing.values() if p.doublets is not None and not p.doublets.is_file()}
+    doublets = {p.doublets for p in missing.values() if p.doublets is not None and not _has_doublets(p.doublets)}
     failed: dict[Path, str] = {}
     for path, error in run({path: (find_doublets, (settings, path)) for path in doublets}):
         if error is not None:
@@ -133,7 +154,7 @@ def _run(run: Runner, settings: BenchmarkSettings, missing: dict[Cell, Place], b
     for cell, place in missing.items():
         if place.doublets in failed:
             failed[place.fold] = failed[place.doublets]
-        elif not place.fold.is_dir():
+        elif place.fold not in tasks and not _has_fold(place.fold):
             tasks[place.fold] = (build_fold, (settings, cell, place.fold, place.doublets))
     failed |= {path: error for path, error in run(tasks) if error is not None}
     groups: dict[Any, list[tuple[Cell, Path, Path]]] = {}

@@ -14,6 +14,7 @@ from scvi import settings as scvi_settings
 
 from scvi_cradle.benchmark._prepare import LOGGER, DemoSettings, prepare
 from scvi_cradle.benchmark._run import quiet, run_prepared
+from scvi_cradle.benchmark._store import make_folder
 
 USER_ERRORS = (FileNotFoundError, KeyError, TypeError, ValueError)
 
@@ -92,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     with quiet():
         try:
             prepared = prepare(settings)
+            make_folder(options.out)
         except USER_ERRORS as error:
             sys.stderr.write(f"error: {error.args[0] if error.args else error}\n")
             return 2
