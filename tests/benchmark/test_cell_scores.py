@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,9 +41,9 @@ def test_a_true_sampler_reaches_the_ceiling_and_the_others_do_not() -> None:
     rng = np.random.default_rng(0)
     control = rng.uniform(1, 6, 30)
     effect = np.where(np.arange(30) < 8, 4.0, 1.0)
-    real, other = cells(control * effect, "A", 100, 1), cells(control / effect, "B", 100, 2)
-    everything = cells(control * effect, "A", 200, 6)
-    known = references(real, everything, other, cells(control, "control", 60, 3), ["A"], seed=0)
+    real, other = cells(control * effect, "A", 200, 1), cells(control / effect, "B", 100, 2)
+    known = references(real, other, cells(control, "control", 60, 3), ["A"], seed=0)
+    assert known["n_cells"].tolist() == [100]
 
     def scores(predicted: AnnData) -> pd.DataFrame:
         return pd.DataFrame(generated_scores(real, predicted, ["A"], known, 0)).set_index("metric")
@@ -57,6 +58,20 @@ def test_a_true_sampler_reaches_the_ceiling_and_the_others_do_not() -> None:
     # without pairs a constant beats a sample of the truth, by the factor sqrt(2) of two independent noises
     means = sampler["value"]
     assert means["relative_rmse"] / means["relative_rmse_of_mean"] == pytest.approx(np.sqrt(2), rel=0.05)
+
+
+def test_a_repeat_and_a_true_sampler_score_the_same_with_few_cells() -> None:
+    """Distances of means fall with the number of cells: value, baseline and ceiling must have as many."""
+    rng = np.random.default_rng(0)
+    mean, nothing = rng.uniform(1, 6, 30), rng.uniform(1, 6, 30)
+    labels = [f"A{i}" for i in range(40)]
+    real = anndata.concat([cells(mean, label, 8, i) for i, label in enumerate(labels)], index_unique="-")
+    sampler = anndata.concat([cells(mean, label, 100, 100 + i) for i, label in enumerate(labels)], index_unique="-")
+    known = references(real, cells(nothing, "B", 100, 2), cells(mean, "control", 60, 3), labels, seed=0)
+    assert known["n_cells"].tolist() == [4] * 40
+    table = pd.DataFrame(generated_scores(real, sampler, labels, known, 0)).set_index("metric")
+    for name in ("l2_of_means", "relative_rmse_of_mean", "relative_rmse", "r2_of_means"):
+        assert table.loc[name, "value"] == pytest.approx(table.loc[name, "ceiling"], rel=0.05), name
 
 
 def test_draws_are_of_the_label_and_seeded() -> None:

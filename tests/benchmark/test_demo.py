@@ -16,7 +16,7 @@ from scvi_cradle.benchmark import DemoSettings, run_demo
 from scvi_cradle.benchmark._prepare import prepare
 from scvi_cradle.benchmark._run import markdown, quiet
 from scvi_cradle.benchmark.demo import main, parse
-from scvi_cradle.metrics import average_treatment_effects, pearson_delta
+from scvi_cradle.metrics import average_treatment_effects, pearson_delta, replicate_ceiling
 
 TINY = {"n_cells": 500, "n_genes": 80, "n_perturbations": 4, "n_combinations": 4}
 FILES = {
@@ -101,6 +101,16 @@ def test_additive_scores_are_those_of_the_public_functions(finished: tuple[Path,
     added = pd.DataFrame({pair: raw.loc[pair.split("+")].sum() for pair in prepared.held_out}).T
     value = finished[1].loc["pearson_delta", "Additive"]
     assert value == pytest.approx(pearson_delta(real, added))
+
+
+def test_the_ceiling_is_of_the_cells_that_are_scored(finished: tuple[Path, pd.DataFrame]) -> None:
+    with quiet():
+        prepared = prepare(DemoSettings(simulation=TINY))
+    train = average_treatment_effects(prepared.passed("train"), "perturbation")
+    ceiling = replicate_ceiling(prepared.passed("test"), "perturbation", n_repeats=10, seed=0, train=train)
+    table = finished[1]
+    rows = table.index.intersection(ceiling.index)
+    np.testing.assert_allclose(table.loc[rows, "replicate"], ceiling.loc[rows, "full_size"])
 
 
 def test_command_on_a_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -12,15 +13,22 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
-from scvi_cradle import baselines, metrics, pp
+from scvi_cradle import baselines, metrics, pp, presets
 from scvi_cradle._labels import LabelRule
-from scvi_cradle.benchmark import BenchmarkSettings, run_benchmark
+from scvi_cradle.benchmark import BenchmarkSettings, _cell, _cell_scores, _folds, _tasks, run_benchmark
 from scvi_cradle.benchmark._cell import load_screen
 from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold, make_split
 from scvi_cradle.benchmark._models import REGISTRY, model_settings
 from scvi_cradle.benchmark._screen import Screen
 from scvi_cradle.benchmark._settings import Cell, check_settings
-from scvi_cradle.benchmark._store import file_digest, fingerprint, new_folder, remove_leftovers, write_json
+from scvi_cradle.benchmark._store import (
+    file_digest,
+    fingerprint,
+    new_folder,
+    remove_leftovers,
+    source_digest,
+    write_json,
+)
 from scvi_cradle.benchmark._tasks import places
 
 SINGLES = ["A", "B", "C", "D", "E"]
@@ -128,6 +136,20 @@ def test_measured_effects_share_no_cell_with_training(fold: tuple[Screen, Fold])
         screen.adata[chosen & ~found.failed], "perturbation", control="NT", sep="_"
     )
     np.testing.assert_allclose(found.real.X, real[found.held_out].X)
+
+
+def test_the_ceiling_is_of_the_cells_that_are_scored(fold: tuple[Screen, Fold]) -> None:
+    screen, found = fold
+    labels = screen.labels
+    truth = ((found.split == "test") & np.isin(labels, found.held_out)) | (
+        (found.split == found.control_split) & (labels == "NT")
+    )
+    truth &= ~found.failed
+    ceiling = metrics.replicate_ceiling(screen.adata[truth], **screen.reading, n_repeats=10, seed=0, train=found.train)
+    pd.testing.assert_frame_equal(found.ceiling, ceiling)
+    counts = pd.Series(labels[truth]).value_counts()
+    assert found.real.obs["n_cells"].tolist() == counts[found.held_out].tolist()
+    assert found.generated["n_cells"].tolist() == np.minimum(counts[found.held_out] // 2, 100).tolist()
 
 
 def test_a_fold_comes_back_from_disk(fold: tuple[Screen, Fold], tmp_path: Path) -> None:
@@ -241,6 +263,61 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on(settings: Benchmark
     assert places(replace(settings, data=copy), tmp_path)[cell] == before[cell]
     copy.write_bytes(settings.data.read_bytes() + b" ")
     assert places(replace(settings, data=copy), tmp_path)[cell].fold != before[cell].fold
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "fold_too"),
+    [
+        (_cell, "N_PARTICLES", False),
+        (_cell, "N_GENERATED", False),
+        (_cell, "N_IWELBO", False),
+        (_cell, "N_SCORED", False),
+        (_cell_scores, "MAX_CELLS", True),
+        (_folds, "N_REPEATS", True),
+    ],
+)
+def test_a_fingerprint_changes_with_constants(
+    settings: BenchmarkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, fold_too: bool
+) -> None:
+    cell = Cell("effects", None, 4.0, "CradleVAE", 0)
+    before = places(settings, tmp_path)[cell]
+    old = getattr(place, name)
+    monkeypatch.setattr(place, name, old | {"paper": 7} if isinstance(old, dict) else old + 1)
+    after = places(settings, tmp_path)[cell]
+    assert after.result != before.result
+    assert (after.fold != before.fold) == fold_too
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_fingerprint_changes_with_values_of_a_preset(
+    settings: BenchmarkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    known = presets.MODELS["CradleVAE"]["recommended"]
+    changed = [dict(settings) for settings in known]
+    changed[part][("n_hidden", "lr")[part]] /= 2
+    models = presets.MODELS | {"CradleVAE": presets.MODELS["CradleVAE"] | {"recommended": tuple(changed)}}
+    before = places(settings, tmp_path)
+    monkeypatch.setattr(presets, "MODELS", models)
+    after = places(settings, tmp_path)
+    different = {cell.model for cell in before if after[cell] != before[cell]}
+    assert different == {"CradleVAE", "CradleVAE (w/o CF)", "CradleVAE (w/o causal)"}
+    assert {place.fold for place in after.values()} == {place.fold for place in before.values()}
+
+
+def test_a_fingerprint_changes_with_source_and_versions(
+    settings: BenchmarkSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(places(settings, tmp_path).values())
+    with monkeypatch.context() as patch:
+        patch.setattr(_tasks, "source_digest", lambda: "other")
+        assert not before & set(places(settings, tmp_path).values())
+    for package in ("scvi-cradle", "scvi-tools", "torch", "numpy"):
+        with monkeypatch.context() as patch:
+            found = _tasks.version
+            patch.setattr(_tasks, "version", lambda name, p=package, f=found: "0.0" if name == p else f(name))
+            assert not before & set(places(settings, tmp_path).values()), package
+    assert len(source_digest()) == 64
+    assert set(places(settings, tmp_path).values()) == before
 
 
 def test_fingerprints() -> None:

@@ -202,6 +202,10 @@ class EffectBaseline(ABC):
         return ["seen" if label in known else "unseen combination" for label in labels]
 
 
+class UnseenCombinationError(ValueError):
+    """A baseline has no answer to an unseen combination: a treatment of it was not seen alone."""
+
+
 class SumOfSingles(EffectBaseline):
     """Effects of seen labels are looked up; an unseen combination gets the sum of its single effects."""
 
@@ -225,7 +229,7 @@ class SumOfSingles(EffectBaseline):
                     f"An unseen combination needs cells of each single treatment; received {label!r}, and "
                     f"{preview(lacking)} is seen in combinations only: add these cells, or use `PerturbedMean`."
                 )
-                raise ValueError(msg)
+                raise UnseenCombinationError(msg)
             out.append([row_of[n] for n in names])
         return out
 

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
+from scvi_cradle.baselines._base import UnseenCombinationError
 from scvi_cradle.benchmark._cell_scores import generated_scores
 from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold
 from scvi_cradle.benchmark._models import REGISTRY, fit, model_settings
@@ -162,12 +163,10 @@ class NoAnswer(Exception):
     """What is asked for is beyond a model or a baseline, which says why."""
 
 
-def _ask(cell: Cell, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    # a baseline says by ValueError that a combination is beyond it, a model by NotImplementedError
-    beyond = (NotImplementedError, ValueError) if REGISTRY[cell.model].is_baseline else (NotImplementedError,)
+def _ask(method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return method(*arguments, **options)
-    except beyond as error:
+    except (NotImplementedError, UnseenCombinationError) as error:  # of a model, of a baseline
         raise NoAnswer(first_line(error)) from error
 
 
@@ -176,7 +175,7 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
     if not REGISTRY[cell.model].is_baseline:
         kind = settings.preset if settings.preset in N_PARTICLES else "paper"
         options = {"n_particles": N_PARTICLES[kind], "seed": cell.seed}
-    predicted = _ask(cell, fitted.get_average_treatment_effects, fold.held_out, **options)
+    predicted = _ask(fitted.get_average_treatment_effects, fold.held_out, **options)
     table = metrics.evaluate_effects(
         fold.real,
         predicted,
@@ -190,7 +189,7 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
 
 
 def _generated(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
-    generated = _ask(cell, fitted.get_generated_expression, fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
+    generated = _ask(fitted.get_generated_expression, fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
     measured = fold.held_out_cells(screen, passed=False)
     passed = fold.held_out_cells(screen, passed=True)
     rows: Rows = generated_scores(passed, generated, fold.held_out, fold.generated, cell.seed)
@@ -215,7 +214,7 @@ def _bound(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
     cells = fold.held_out_cells(screen, passed=True)
     chosen = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:N_SCORED])
     scvi_settings.seed = cell.seed
-    bound = _ask(cell, fitted.get_iwelbo, cells[chosen].copy(), n_particles=N_IWELBO, batch_size=500)
+    bound = _ask(fitted.get_iwelbo, cells[chosen].copy(), n_particles=N_IWELBO, batch_size=500)
     mean, sem, n = metrics.iwelbo_summary(bound).loc["all"]
     note = f"{n:g} held-out cells that passed, {N_IWELBO} particles, global terms not scored; interval over cells"
     return [_row("iwelbo", mean, ci_low=mean - 1.96 * sem, ci_high=mean + 1.96 * sem, note=note)]

@@ -33,10 +33,10 @@ def expression(cells: AnnData, rows: np.ndarray) -> np.ndarray:
     return np.asarray(np.log2(1 + COUNTS_PER_CELL * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)))
 
 
-def draw(cells: AnnData, label: str | None, rng: np.random.Generator) -> np.ndarray:
-    """Return the expression of at most ``MAX_CELLS`` cells of a label (``None``: of all cells), in random order."""
+def draw(cells: AnnData, label: str | None, rng: np.random.Generator, n_cells: int | None = None) -> np.ndarray:
+    """Return the expression of ``n_cells`` (default: ``MAX_CELLS``) at most of a label (``None``: of all), shuffled."""
     rows = np.arange(cells.n_obs) if label is None else np.flatnonzero(cells.obs[COLUMNS.PERTURBATION] == label)
-    return expression(cells, rng.permutation(rows)[:MAX_CELLS])
+    return expression(cells, rng.permutation(rows)[: MAX_CELLS if n_cells is None else n_cells])
 
 
 def label_scores(real: np.ndarray, predicted: np.ndarray, bandwidth: float) -> dict[str, float]:
@@ -62,22 +62,22 @@ def label_scores(real: np.ndarray, predicted: np.ndarray, bandwidth: float) -> d
     return {name: scores.get(name, np.nan) for name in SIGNS}
 
 
-def table_of(score: Callable[[str], dict[str, float]], labels: list[str]) -> pd.DataFrame:
-    """Return the scores of labels, labels x metrics."""
-    return pd.DataFrame([score(label) for label in labels], index=labels, columns=list(SIGNS))
+def table_of(score: Callable[[str, int], dict[str, float]], labels: list[str], n_cells: np.ndarray) -> pd.DataFrame:
+    """Return the scores of labels, each with its number of cells a side, labels x metrics."""
+    rows = [score(label, int(n)) for label, n in zip(labels, n_cells, strict=True)]
+    return pd.DataFrame(rows, index=labels, columns=list(SIGNS))
 
 
-def references(
-    real: AnnData, everything: AnnData, train: AnnData, controls: AnnData, labels: list[str], *, seed: int
-) -> dict[str, Any]:
-    """Score what knows nothing, and a repeat of the experiment.
+def references(real: AnnData, train: AnnData, controls: AnnData, labels: list[str], *, seed: int) -> dict[str, Any]:
+    """Score what knows nothing, and a repeat of the held-out measurement, all with as many cells as predictions.
+
+    A repeat of a label is one half of its held-out cells against the other. So that numbers of cells make no difference,
+    half of these cells are the truth of the baseline and of predictions, too.
 
     Parameters
     ----------
     real
-        Held-out cells that passed.
-    everything
-        All cells of the labels that passed, those for training among them: the experiment that is repeated.
+        Held-out cells that passed, two at least of every label.
     train
         Training cells that passed, without controls: predicted for every label.
     controls
@@ -89,22 +89,27 @@ def references(
 
     Returns
     -------
-    ``bandwidth``; ``baseline`` and ``ceiling``: means over labels, the latter of one half of a label's cells against the
-    other half.
+    ``bandwidth``; ``n_cells``: cells a side of every label, half of its held-out ones and at most ``MAX_CELLS``, shape
+    ``(n_labels,)``; ``baseline`` and ``ceiling``: means over labels.
     """
     rng = np.random.default_rng(seed)
+    found = real.obs[COLUMNS.PERTURBATION].astype(str).value_counts()
+    n_cells = np.minimum(found.reindex(labels).to_numpy(dtype=np.int64) // 2, MAX_CELLS)
     bandwidth = float(np.median(pdist(draw(controls, None, rng))))
     anyone = draw(train, None, rng)
 
-    def halves(label: str) -> dict[str, float]:
-        rows = rng.permutation(np.flatnonzero(everything.obs[COLUMNS.PERTURBATION] == label))
-        n = min(len(rows) // 2, MAX_CELLS)
-        if n == 0:
-            return dict.fromkeys(SIGNS, np.nan)
-        return label_scores(expression(everything, rows[:n]), expression(everything, rows[n : 2 * n]), bandwidth)
+    def halves(label: str, n: int) -> dict[str, float]:
+        both = draw(real, label, rng, 2 * n)
+        return label_scores(both[:n], both[n:], bandwidth)
 
-    baseline = table_of(lambda label: label_scores(draw(real, label, rng), anyone, bandwidth), labels)
-    return {"bandwidth": bandwidth, "baseline": dict(baseline.mean()), "ceiling": dict(table_of(halves, labels).mean())}
+    def nothing(label: str, n: int) -> dict[str, float]:
+        return label_scores(draw(real, label, rng, n), rng.permutation(anyone)[:n], bandwidth)
+
+    means = {
+        name: dict(table_of(score, labels, n_cells).mean())
+        for name, score in (("baseline", nothing), ("ceiling", halves))
+    }
+    return {"bandwidth": bandwidth, "n_cells": n_cells, **means}
 
 
 def generated_scores(
@@ -112,9 +117,11 @@ def generated_scores(
 ) -> list[dict[str, Any]]:
     """Return rows of a report for generated cells; intervals are those of a mean over labels (Student's t)."""
     rng = np.random.default_rng(seed)
-    scores = table_of(
-        lambda label: label_scores(draw(real, label, rng), draw(generated, label, rng), known["bandwidth"]), labels
-    )
+
+    def predicted(label: str, n: int) -> dict[str, float]:
+        return label_scores(draw(real, label, rng, n), draw(generated, label, rng, n), known["bandwidth"])
+
+    scores = table_of(predicted, labels, known["n_cells"])
     rows = []
     for name, sign in SIGNS.items():
         values = scores[name].dropna().to_numpy()
@@ -127,6 +134,9 @@ def generated_scores(
         numbers = {"value": mean, "ci_low": mean - half, "ci_high": mean + half, "baseline": base, "ceiling": top}
         numbers["scaled"] = sign * (mean - base) / room if room > 0 else np.nan
         better = "more" if sign > 0 else "less"
-        note = f"mean over perturbations, at most {MAX_CELLS} cells a side, log2 expression; {better} is better"
+        note = (
+            f"mean over perturbations; half of the held-out cells and as many predicted ones, at most {MAX_CELLS} a "
+            f"side; log2 expression; {better} is better; ceiling: the other half of the held-out cells"
+        )
         rows.append({"metric": name, **numbers, "n_perturbations": n, "note": note})
     return rows

@@ -18,6 +18,7 @@ DOTS = (
     *("jaccard_top_50", "relative_rmse_of_mean", "energy_distance", "qc_pass_rate", RELATIVE),
 )
 LINES = ("-", "--", ":")
+DASHED = "dashed: ceiling (effects: repeat of the held-out\nmeasurement with as many cells)"
 
 
 def draw(summary: pd.DataFrame, out: Path) -> list[Path]:
@@ -57,7 +58,7 @@ def draw_scores(summary: pd.DataFrame, path: Path) -> bool:
             ax.xaxis.set_major_locator(MaxNLocator(4))
         if len(thresholds) > 1:
             axes[0].legend(loc="best")
-        fig.supxlabel("dotted: baseline, dashed: ceiling", fontsize=8.5, color=GREY)
+        fig.supxlabel(f"dotted: baseline\n{DASHED}", fontsize=8.5, color=GREY)
         finish(fig, None, ax=None, show=False, save=path)
     return True
 
@@ -80,6 +81,8 @@ def draw_curves(summary: pd.DataFrame, path: Path) -> bool:
             row[0].set_ylabel(f"{threshold:g} MADs" if threshold else "given flags")
         handles, names = axes[0].get_legend_handles_labels()
         fig.legend(handles, names, loc="outside right upper")
+        if summary["ceiling"].notna().any():
+            fig.supxlabel(DASHED, fontsize=8.5, color=GREY)
         finish(fig, None, ax=None, show=False, save=path)
     return True
 

@@ -45,7 +45,7 @@ class Fold:
     real, train
         Measured effects of held-out cells and of training cells, of those that passed.
     ceiling
-        Result of :func:`scvi_cradle.metrics.replicate_ceiling`.
+        Result of :func:`scvi_cradle.metrics.replicate_ceiling` for the cells that ``real`` is measured on.
     generated
         What generated cells are compared with, as of ``_cell_scores.references``.
     records
@@ -150,26 +150,20 @@ def make_fold(screen: Screen, cell: Cell, doublets: np.ndarray | None) -> Fold:
     truth = ~failed & (
         ((split == "test") & np.isin(labels, held_out)) | ((split == control_split) & (labels == control))
     )
-    halved = ~failed & np.isin(labels, [*held_out, control])
-    real, everything, train, controls = (
-        screen.adata[rows & ~failed]
-        for rows in (
-            (split == "test") & np.isin(labels, held_out),
-            np.isin(labels, held_out),
-            (split == "train") & (labels != control),
-            (split == control_split) & (labels == control),
-        )
-    )
+    measured = screen.adata[truth].copy()
+    train = metrics.average_treatment_effects(screen.adata[(split == "train") & ~failed], **screen.reading)
+    others = screen.adata[(split == "train") & ~failed & (labels != control)].copy()
+    controls = labels[truth] == control
     return Fold(
         name=name,
         split=split,
         failed=failed,
         held_out=held_out,
         control_split=control_split,
-        real=metrics.average_treatment_effects(screen.adata[truth], **screen.reading)[held_out].copy(),
-        train=metrics.average_treatment_effects(screen.adata[(split == "train") & ~failed], **screen.reading),
-        ceiling=metrics.replicate_ceiling(screen.adata[halved], **screen.reading, n_repeats=N_REPEATS, seed=cell.seed),
-        generated=references(real, everything, train, controls, held_out, seed=cell.seed),
+        real=metrics.average_treatment_effects(measured, **screen.reading)[held_out].copy(),
+        train=train,
+        ceiling=metrics.replicate_ceiling(measured, **screen.reading, n_repeats=N_REPEATS, seed=cell.seed, train=train),
+        generated=references(measured[~controls], others, measured[controls], held_out, seed=cell.seed),
         records=records,
         notes=(f"Not predicted, too few held-out or training cells that passed: {preview(lacking, 20)}.",)
         * bool(lacking),

@@ -92,6 +92,15 @@ def model_settings(row: Row, preset: str, max_steps: int | None) -> tuple[dict[s
     return {"preset": base} | architecture | dict(row.settings), training
 
 
+def resolved_settings(row: Row, preset: str, max_steps: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return :func:`model_settings` with all values of the preset, those of the constructor and those of ``train``."""
+    architecture, training = model_settings(row, preset, max_steps)
+    if row.is_baseline:
+        return architecture, training
+    known = presets.MODELS[row.kind][architecture["preset"]]
+    return {**known[0], **architecture}, {**known[1], **training}
+
+
 def fit(row: Row, cells: AnnData, settings: tuple[dict[str, Any], dict[str, Any]], reading: Mapping[str, Any]) -> Any:
     """Train a model, or fit a baseline, on prepared cells.
 

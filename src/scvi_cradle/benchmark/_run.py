@@ -37,8 +37,8 @@ ROW_NAMES = {
 NOTES = (
     f"{MODEL} and the baselines saw the training cells only. Measured effects: held-out cells that passed quality control "
     "against controls that no method was trained on.",
-    f"`{CEILING}`: a repeat of the experiment with as many cells, extrapolated from repeats of halves and quarters with "
-    "controls of their own; a prediction with less noise can be above it.",
+    f"`{CEILING}`: a repeat of the held-out measurement (as many cells), extrapolated from repeats of halves and quarters "
+    "with controls of their own. Methods learn from more cells than were held out, so that a score above it is possible.",
 )
 KNOWN_NOTE = f"`{KNOWN}`: against the effects that the simulation put in; `{CEILING}` there: the measured effects."
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
@@ -57,7 +56,7 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
     -----
     Measured effects come from held-out cells and from controls that no method was fitted on. Model and baselines
     predict effects against their own training controls; baselines are fitted on training cells that passed. The
-    replicate repeats the experiment with as many cells of the held-out perturbations and controls as passed in all.
+    replicate repeats the held-out measurement: as many cells of the held-out perturbations and of those controls.
     """
     arguments = settings.label_arguments | {"layer": settings.layer}
     labels = prepared.held_out
@@ -70,8 +69,7 @@ def score(model: CradleVAE, prepared: Prepared, settings: DemoSettings) -> Score
             predicted[name] = getattr(baselines, name)().fit(train, **arguments).get_average_treatment_effects(labels)
         except ValueError as error:
             LOGGER.info("      %s is left out: %s", name, error)
-    scored = np.isin(prepared.labels, [*labels, prepared.control_name]) & ~prepared.failed
-    ceiling = replicate_ceiling(prepared.adata[scored], **arguments, n_repeats=N_REPEATS, seed=settings.seed)
+    ceiling = replicate_ceiling(test, **arguments, n_repeats=N_REPEATS, seed=settings.seed, train=raw)
     tables = {
         name: evaluate_effects(
             real, effects, train=raw, ceiling=ceiling, sep=settings.sep, n_bootstrap=N_BOOTSTRAP, seed=settings.seed

@@ -15,7 +15,7 @@ from scvi_cradle.benchmark._cell_scores import SIGNS
 from scvi_cradle.benchmark._models import REGISTRY
 from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
 
-BASELINE, CEILING = "mean training effect", "repeat of the experiment"
+BASELINE, CEILING = "mean training effect", "repeat of the held-out measurement (as many cells)"
 MEASURED, MEASURED_PASSED = "measured cells", "measured cells that passed"
 RELATIVE = "relative_iwelbo"
 ANCHOR = "SAMSVAE"
@@ -30,8 +30,9 @@ NOTES = (
     "Effects are scored on held-out cells that passed quality control, against controls that no method was trained on; "
     "QC thresholds are fitted on training cells.",
     f"`{BASELINE}` is predicted for every perturbation by a method that knows nothing else; `{CEILING}`: what "
-    "as many cells of the held-out perturbations and controls again would score, extrapolated from halves and quarters (for "
-    "scores of generated cells: one half of the cells against the other, at most 100 a side). A prediction with less noise can be above it.",
+    "as many held-out cells and controls again would score, extrapolated from halves and quarters (for scores of generated "
+    "cells: one half of the held-out cells against the other, and predictions are scored on as many). Methods learn from "
+    "more cells than were held out, so that a score above it is possible.",
     "Numbers are means over seeds with a 95 % t interval (each seed has its own split, unless the split is given); for a "
     "single seed a 95 % bootstrap interval over perturbations, where the metric has one.",
     "`qc_pass_rate`: share of generated cells within all thresholds (doublets have none). Measured cells that passed reach "
@@ -76,7 +77,9 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     Models in the order of the registry; one row per experiment, split, fraction, threshold, model and metric: ``mean``, ``ci_low``, ``ci_high`` (t interval;
-    for one seed the interval of the report), ``sd``, ``n_seeds``, and means of ``baseline``, ``ceiling``, ``scaled``.
+    for one seed the interval of the report), ``sd``, ``n_seeds``, means of ``baseline`` and ``ceiling``, and ``scaled``:
+    that of the means, NaN where the mean ceiling is not better than the mean baseline. A mean of ratios over the seeds
+    where they are defined would be too good.
     """
     rows = []
     for keys, group in tidy.groupby(KEYS, sort=False, dropna=False):
@@ -88,8 +91,11 @@ def summarize(tidy: pd.DataFrame) -> pd.DataFrame:
             low, high = mean - half, mean + half
         else:
             low, high = float(group["ci_low"].iloc[0]), float(group["ci_high"].iloc[0])
-        means = group[["baseline", "ceiling", "scaled", "n_perturbations"]].mean()
-        rows.append([*keys, mean, low, high, sd, n, *means])
+        base, top = group[["baseline", "ceiling"]].mean(skipna=False)
+        n_perturbations = group["n_perturbations"].mean()
+        room = SIGNS.get(keys[-1], 1) * (top - base)
+        scaled = (mean - base) / (top - base) if room > 0 and np.isfinite(n_perturbations) else np.nan
+        rows.append([*keys, mean, low, high, sd, n, base, top, scaled, n_perturbations])
     measured = ["mean", "ci_low", "ci_high", "sd", "n_seeds", "baseline", "ceiling", "scaled", "n_perturbations"]
     order = {name: position for position, name in enumerate(REGISTRY)}
     table = pd.DataFrame(rows, columns=[*KEYS, *measured])

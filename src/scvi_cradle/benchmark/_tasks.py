@@ -9,13 +9,25 @@ from typing import Any
 
 from tqdm import tqdm
 
+from scvi_cradle.benchmark import _cell, _cell_scores, _folds
 from scvi_cradle.benchmark._cell import build_fold, find_doublets, run_cells
-from scvi_cradle.benchmark._models import REGISTRY, model_settings
+from scvi_cradle.benchmark._models import REGISTRY, resolved_settings
 from scvi_cradle.benchmark._runners import Runner, runner
 from scvi_cradle.benchmark._settings import BenchmarkSettings, Cell
-from scvi_cradle.benchmark._store import CELLS, FOLDS, file_digest, fingerprint, read_json, write_json
+from scvi_cradle.benchmark._store import (
+    CELLS,
+    FOLDS,
+    file_digest,
+    fingerprint,
+    read_json,
+    source_digest,
+    write_json,
+)
 
-FORMAT = 1  # raise it when results of an earlier version must not be used any more
+FORMAT = 2  # raise it when results of an earlier version must not be used any more
+PACKAGES = ("scvi-cradle", "scvi-tools", "torch", "numpy")
+FOLD_CONSTANTS = ("TEST_FRACTION", "VAL_FRACTION", "N_REPEATS", "DOUBLETS_SEED", "THRESHOLDS")
+CELL_CONSTANTS = ("N_PARTICLES", "N_IWELBO", "N_SCORED", "N_GENERATED", "N_BOOTSTRAP")
 
 
 @dataclass(frozen=True)
@@ -36,26 +48,36 @@ class Place:
 
 
 def places(settings: BenchmarkSettings, out: Path) -> dict[Cell, Place]:
-    """Return where every cell of the matrix is kept; names hold a fingerprint of the data and of all settings in use."""
-    try:
-        release = version("scvi-cradle")
-    except PackageNotFoundError:
-        release = "0+unknown"
+    """Return where every cell of the matrix is kept.
+
+    Names hold a fingerprint of the data, of all settings and constants in use, and of the source and versions behind them.
+    """
     reading = asdict(settings)
     for name in ("data", "models", "seeds", "thresholds", "fractions", "preset", "max_steps", "experiment"):
         del reading[name]
-    common = {"format": FORMAT, "release": release, "data": file_digest(settings.data), "reading": reading}
+    common = {"format": FORMAT, "source": source_digest(), "versions": {name: _version(name) for name in PACKAGES}}
+    common |= {"data": file_digest(settings.data), "reading": reading}
+    common |= {"constants": {name: value for name, value in vars(_folds).items() if name in FOLD_CONSTANTS}}
+    common["max_cells"] = _cell_scores.MAX_CELLS
+    scored = {name: value for name, value in vars(_cell).items() if name in CELL_CONSTANTS}
     found = {}
     for cell in settings.cells():
         of_fold = fingerprint(common | {"cell": cell._replace(model="")._asdict()})
         model = REGISTRY[cell.model]
-        arguments = model_settings(model, settings.preset, settings.max_steps)
+        arguments = resolved_settings(model, settings.preset, settings.max_steps)
         whole = {"fold": of_fold, "model": [model.kind, model.failed, arguments], "name": cell.model}
-        whole["preset"] = settings.preset
+        whole |= {"preset": settings.preset, "constants": scored}
         doublets = None if cell.threshold is None else out / FOLDS / f"doublets-{fingerprint(common)}.json"
         name = "-".join([_slug(cell), fingerprint(whole)])
         found[cell] = Place(out / CELLS / f"{name}.json", out / FOLDS / of_fold, doublets)
     return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def _slug(cell: Cell) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._matrix import iter_blocks, to_csr
 from scvi_cradle._validation import preview
-from scvi_cradle.metrics._effects import group_sums, log_normalize, read_counts, read_labels
+from scvi_cradle.metrics._effects import log_normalize, read_counts, read_labels
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Cells:
         named = LabelRule(tuple(dict.fromkeys((*rule.control, rule.control_name))), rule.sep, rule.missing_is_control)
         return cls.read(predicted, key, named, layer=own_layer, name="predicted", need_control=False)
 
+    def subset(self, kept: np.ndarray) -> Cells:
+        """Return some of the cells; ``kept`` is boolean, and every label must keep a cell."""
+        return replace(self, matrix=self.matrix[np.flatnonzero(kept)], codes=self.codes[kept])
+
     @property
     def perturbations(self) -> list[str]:
         """Labels without the control."""
@@ -90,16 +95,26 @@ class Cells:
             part[~chosen[self.codes]] = 0
         return part
 
-    def sums(self, part: np.ndarray, n_parts: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return cells, ``(n_parts, n_labels)``, and summed log2 expression, ``(n_parts, n_labels, n_genes)``."""
+    def sums(self, parts: Sequence[np.ndarray], n_parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return cells, ``(n_parts, n_labels)``, and summed log2 expression, ``(n_parts, n_labels, n_genes)``, of partitions."""
         n = len(self.labels)
-        codes = self.codes + n * part
-        total, _ = group_sums(self.matrix, codes, n_parts * n, method="perturbseq")
-        return np.bincount(codes, minlength=n_parts * n).reshape(n_parts, n), total.reshape(n_parts, n, -1)
+        codes = [self.codes + n * part for part in parts]
+        totals = [np.zeros((n_parts * n, len(self.genes))) for _ in parts]
+        for start, raw in iter_blocks(self.matrix):
+            block = log_normalize(raw)
+            cells = np.arange(block.shape[0])
+            for code, total in zip(codes, totals, strict=True):
+                group = code[start : start + block.shape[0]]
+                member = sp.csr_matrix((np.ones(len(cells)), (group, cells)), shape=(len(total), len(cells)))
+                total += (member @ block).toarray()
+        return [
+            (np.bincount(code, minlength=n_parts * n).reshape(n_parts, n), total.reshape(n_parts, n, -1))
+            for code, total in zip(codes, totals, strict=True)
+        ]
 
     def means(self, part: np.ndarray | None = None, n_parts: int = 1) -> list[pd.DataFrame]:
         """Return mean log2 expression of the labels in every part; a label has a row where it has cells."""
-        n_cells, total = self.sums(np.zeros_like(self.codes) if part is None else part, n_parts)
+        ((n_cells, total),) = self.sums([np.zeros_like(self.codes) if part is None else part], n_parts)
         return [self.frame(n, s) for n, s in zip(n_cells, total, strict=True)]
 
     def frame(self, n_cells: np.ndarray, total: np.ndarray) -> pd.DataFrame:

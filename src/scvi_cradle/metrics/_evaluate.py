@@ -15,17 +15,20 @@ from scvi_cradle._validation import check_positive, preview
 from scvi_cradle.metrics._cells import Cells, check_predicted, check_same_genes
 from scvi_cradle.metrics._distances import energy_distance
 from scvi_cradle.metrics._panel import Panel
-from scvi_cradle.metrics._replicate import MAX_CELLS, can_be_parted, replicate
+from scvi_cradle.metrics._replicate import MAX_CELLS, Reference, can_be_parted, replicate
 from scvi_cradle.metrics._report import build_report
 
-N_REPEATS = 5
+N_REPEATS = 10
 DEPTH_RATIO = 1.2
+FEWEST_OWN = 3  # perturbations whose own mean is a baseline
 
 
 class _Comparison(NamedTuple):
     predicted: Panel
     baseline: Panel
     notes: list[str]
+    truth: Cells  # the cells that the truth is measured on
+    reference: Reference
 
 
 def evaluate(
@@ -123,18 +126,26 @@ def evaluate(
     labels = other.perturbations
     can_be_parted(truth, labels)  # before anything is computed
     comparison = _compare(truth, other, training, labels, exclude_targets, rng)
-    parts = replicate(truth, labels, n_repeats=N_REPEATS, rng=rng, exclude_targets=exclude_targets, distances=True)
-    column = [labels.index(label) for label in parts.labels]
+    parts = replicate(
+        comparison.truth,
+        labels,
+        n_repeats=N_REPEATS,
+        rng=rng,
+        reference=comparison.reference,
+        exclude_targets=exclude_targets,
+        distances=True,
+    )
     others = {"predicted": (predicted, other), "train": (train, training)}
     notes = [*comparison.notes, *_depth_notes(truth, other, labels), *_sharing_notes(others, real, truth), parts.note]
     if left_out := sorted(set(labels) - set(parts.labels)):
-        notes.append(f"ceiling without labels of too few cells ({preview(left_out)})")
+        notes.append(f"ceiling and scaled without labels of too few cells ({preview(left_out)})")
     if exclude_targets:
         notes.append("targets of a perturbation left out of its effects")
     return build_report(
         comparison.predicted,
         comparison.baseline,
-        lambda name, weights: parts.full_size(name, weights[:, column]),
+        parts.full_size,
+        among=[labels.index(label) for label in parts.labels],
         names=parts.names,
         n_bootstrap=n_bootstrap,
         rng=rng,
@@ -154,15 +165,19 @@ def _compare(
     control = truth.rule.control_name
     own_control = control in other.labels
     if own_control and training is not None:
-        real_means = spare = truth.means()[0]
+        measured, (real_means,) = truth, truth.means()
+        spare = real_means
     else:
-        real_means, spare = truth.means(truth.parts(rng, 2, among=[control]), 2)
+        half = truth.parts(rng, 2, among=[control])
+        measured, (real_means, spare) = truth.subset(half == 0), truth.means(half, 2)
     predicted_means = other.means()[0][truth.genes]
     base_means, base_control, base_note = _baseline_means(real_means, spare, truth, training, labels)
     if own_control:
         effects = predicted_means.loc[labels] - predicted_means.loc[control]
         shifts = effects - (base_means - base_control)
         note = "prediction against its own controls"
+        if training is None:
+            note += ", the truth and the ceiling against half of the real ones"
     else:
         effects = predicted_means.loc[labels] - spare.loc[control]
         shifts = predicted_means.loc[labels] - base_means
@@ -174,23 +189,30 @@ def _compare(
     constant = np.tile((base_means - base_control).to_numpy(), (len(labels), 1))
     kept = truth.untargeted_genes()
     scored = ~truth.targets(labels) if exclude_targets else None
-    pool = training or truth
-    known = training.perturbations if training else (sorted(set(truth.perturbations) - set(labels)) or labels)
-    of_prediction, of_pool = _cell_distances(truth, other, pool, labels, known, rng)
+    of_prediction, of_pool = _cell_distances(truth, other, training, labels, rng)
+    reference = Reference(base_means.to_numpy(), base_control.to_numpy() if own_control else None)
     return _Comparison(
         Panel(real_effects, effects.to_numpy(), real_shifts, shifts.to_numpy(), kept, scored, of_prediction),
         Panel(real_effects, constant, real_shifts, np.zeros_like(constant), kept, scored, of_pool),
         [note, base_note],
+        measured,
+        reference,
     )
 
 
 def _cell_distances(
-    truth: Cells, other: Cells, pool: Cells, labels: list[str], known: list[str], rng: np.random.Generator
+    truth: Cells, other: Cells, training: Cells | None, labels: list[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the energy distance of real cells from predicted ones and from cells of any known perturbation."""
-    any_cells = pool.expression(pool.draw(known, MAX_CELLS, rng), truth.genes)
+    """Return the energy distance of real cells from predicted ones and from those of any training perturbation.
+
+    Without training cells these are cells of the perturbations that are not scored, or of all others.
+    """
+    pool = training or truth
+    known = pool.perturbations if training else (sorted(set(truth.perturbations) - set(labels)) or labels)
     out = np.full((2, len(labels)), np.nan)
     for i, label in enumerate(labels):
+        others = known if training else [x for x in known if x != label]
+        any_cells = pool.expression(pool.draw(others, MAX_CELLS, rng), truth.genes)
         n = min(int(truth.n_cells[label]), int(other.n_cells[label]), len(any_cells), MAX_CELLS)
         if n < 2:
             continue
@@ -216,6 +238,12 @@ def _baseline_means(
         note = (
             f"train=None: baseline is the mean effect of the {len(others)} perturbations of `real` that are not scored"
         )
+    elif len(labels) < FEWEST_OWN:
+        msg = (
+            f"The baseline needs training cells, perturbations that are not scored, or {FEWEST_OWN} scored ones; received "
+            f"train=None and {len(labels)}, all of them scored: pass `train`."
+        )
+        raise ValueError(msg)
     else:
         note = "train=None and every perturbation of `real` is scored: the baseline is their own mean effect"
     known = others or labels
@@ -238,21 +266,26 @@ def _depth_notes(truth: Cells, other: Cells, labels: list[str]) -> list[str]:
 
 
 def _sharing_notes(inputs: dict[str, tuple[AnnData | None, Cells | None]], real: AnnData, truth: Cells) -> list[str]:
-    """Say where control cells of `real` occur in another input: same name and same total."""
-    own = _control_totals(real, truth)
+    """Say where cells of `real` occur in another input: same name and same total."""
+    own = _totals(real, truth)
     notes = []
     for name, (adata, cells) in inputs.items():
-        if adata is None or cells is None or truth.rule.control_name not in cells.labels:
+        if adata is None or cells is None:
             continue
-        totals = _control_totals(adata, cells)
-        common = own.index.intersection(totals.index)
-        n_shared = int((own[common] == totals[common]).sum())
-        if n_shared:
-            notes.append(f"{n_shared} control cells of `real` are also in `{name}`: shared controls raise its scores")
+        totals = _totals(adata, cells)
+        for what, wanted in (("control", True), ("perturbed", False)):
+            ours = own.loc[own["control"] == wanted, "total"]
+            theirs = totals.loc[totals["control"] == wanted, "total"]
+            common = ours.index.intersection(theirs.index)
+            n_shared = int((ours[common] == theirs[common]).sum())
+            if n_shared:
+                why = "shared controls raise its scores" if wanted else "it has seen the truth"
+                notes.append(f"{n_shared} {what} cells of `real` are also in `{name}`: {why}")
     return notes
 
 
-def _control_totals(adata: AnnData, cells: Cells) -> pd.Series:
-    rows = np.flatnonzero(cells.codes == cells.labels.index(cells.rule.control_name))
-    totals = pd.Series(row_sums(cells.matrix[rows]), index=adata.obs_names[rows])
+def _totals(adata: AnnData, cells: Cells) -> pd.DataFrame:
+    """Return the total of every cell, and whether it is a control, by its name; of a repeated name the first."""
+    is_control = np.array([label == cells.rule.control_name for label in cells.labels], dtype=bool)[cells.codes]
+    totals = pd.DataFrame({"total": row_sums(cells.matrix), "control": is_control}, index=adata.obs_names)
     return totals[~totals.index.duplicated()]

@@ -18,9 +18,12 @@ from scvi_cradle.metrics._rows import (
     pearson_rows,
     top_k,
 )
+from scvi_cradle.metrics._scores import jaccard_chance
 
 N_TOP = 20
-N_FIT = 1e-6
+SPEARMAN_BROWN = 2.0  # gain of the odds of a correlation when the cells double and noise is independent
+MAX_GAIN = 2.5
+SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,16 @@ class Panel:
 class Metric(NamedTuple):
     """What each perturbation contributes, ``(n_perturbations, m)``, the score of the total, ``(..., m)``, and its nature.
 
-    ``unit`` (offset and factor) maps scores to a reliability in (0, 1) that a larger experiment raises, ``None`` where a
-    score does not change with the size of the experiment; ``sign`` is -1 where less is better; ``bounds`` are the
+    ``floor`` returns for a number of genes the score of pure noise, from which a larger experiment leads to 1; ``None``
+    where a score does not change with the size of the experiment; ``gain`` is by how much its odds grow when the cells
+    double, ``None`` where that is to be measured; ``sign`` is -1 where less is better; ``bounds`` are the
     smallest and the largest possible score.
     """
 
     contributions: Callable[[Panel], np.ndarray]
     score: Callable[[np.ndarray], np.ndarray]
-    unit: tuple[float, float] | None = (0.0, 1.0)
+    floor: Callable[[int], float] | None = lambda n_genes: 0.0
+    gain: float | None = None
     sign: int = 1
     bounds: tuple[float, float] = (-1.0, 1.0)
 
@@ -92,21 +97,34 @@ def _distance(panel: Panel) -> np.ndarray:
 
 
 SHARE = (0.0, 1.0)
-R2_UNIT = (1.0, 0.5)  # of two noisy copies of a signal: (1 + R2) / 2 is the share of the signal
+
+
+def _of_noise(n_genes: int) -> float:
+    return -1.0  # R2 of two copies of noise; of two noisy copies of a signal (1 + R2) / 2 is the share of the signal
+
+
+def _chance(k: int) -> Callable[[int], float]:
+    return lambda n_genes: jaccard_chance(n_genes, k) if n_genes > k else 0.0
+
+
 METRICS: dict[str, Metric] = {
     "pearson_delta": _averaged(lambda p: pearson_rows(p.real, p.predicted, p.scored)),
     "pearson_delta_perturbed_mean": _averaged(lambda p: pearson_rows(p.real_shift, p.predicted_shift, p.scored)),
     "pearson_delta_top_20": _averaged(lambda p: pearson_rows(p.real, p.predicted, p.top)),
     "perturbation_discrimination": _averaged(
-        lambda p: discrimination_rows(p.real[:, p.untargeted], p.predicted[:, p.untargeted]), SHARE
+        lambda p: discrimination_rows(p.real[:, p.untargeted], p.predicted[:, p.untargeted]),
+        SHARE,
+        floor=lambda n_genes: 0.5,
     ),
-    "ate_pearson": Metric(lambda p: flat_sums(p.real, p.predicted, p.scored), flat_pearson),
-    "ate_r2": Metric(lambda p: flat_sums(p.real, p.predicted, p.scored), flat_r2, R2_UNIT, bounds=(-np.inf, 1.0)),
+    "ate_pearson": Metric(lambda p: flat_sums(p.real, p.predicted, p.scored), flat_pearson, gain=SPEARMAN_BROWN),
+    "ate_r2": Metric(
+        lambda p: flat_sums(p.real, p.predicted, p.scored), flat_r2, _of_noise, SPEARMAN_BROWN, bounds=(-np.inf, 1.0)
+    ),
     "ate_pearson_top_20": Metric(lambda p: flat_sums(p.real, p.predicted, p.top), flat_pearson),
-    "ate_r2_top_20": Metric(lambda p: flat_sums(p.real, p.predicted, p.top), flat_r2, R2_UNIT, bounds=(-np.inf, 1.0)),
-    "jaccard_top_20": _averaged(lambda p: jaccard_rows(p.real, p.predicted, 20, p.scored), SHARE),
-    "jaccard_top_50": _averaged(lambda p: jaccard_rows(p.real, p.predicted, 50, p.scored), SHARE),
-    "energy_distance": _averaged(_distance, (-np.inf, np.inf), unit=None, sign=-1),
+    "ate_r2_top_20": Metric(lambda p: flat_sums(p.real, p.predicted, p.top), flat_r2, _of_noise, bounds=(-np.inf, 1.0)),
+    "jaccard_top_20": _averaged(lambda p: jaccard_rows(p.real, p.predicted, 20, p.scored), SHARE, floor=_chance(20)),
+    "jaccard_top_50": _averaged(lambda p: jaccard_rows(p.real, p.predicted, 50, p.scored), SHARE, floor=_chance(50)),
+    "energy_distance": _averaged(_distance, (-np.inf, np.inf), floor=None, sign=-1),
 }
 
 
@@ -126,18 +144,19 @@ def score_panel(panel: Panel) -> dict[str, float]:
     return {name: float(METRICS[name].score(c.sum(axis=0))) for name, c in contributions(panel).items()}
 
 
-def extrapolate(name: str, halves: np.ndarray, quarters: np.ndarray) -> np.ndarray:
+def extrapolate(name: str, n_genes: int, halves: np.ndarray, quarters: np.ndarray) -> np.ndarray:
     """Return the score of a repeat of the whole experiment from those of repeats of its halves and quarters.
 
-    The log-odds of a score, on the scale on which 1 is a perfect repeat, are taken to grow linearly with the logarithm
-    of the number of cells. For correlations of a signal with independent noise this is the Spearman-Brown formula; for
-    the others it was measured. A score that is not above zero stays that of the halves.
+    The odds of a score, on the scale on which noise is 0 and a perfect repeat 1, are taken to grow by the same factor
+    from quarters to halves and from halves to the whole, from 1 to 2.5. For correlations of all effects the factor is 2,
+    which is the Spearman-Brown formula. A score that is not above that of noise stays that of the halves.
     """
-    unit = METRICS[name].unit
-    if unit is None:
+    floor = METRICS[name].floor
+    if floor is None:
         return halves
-    offset, scale = unit
-    half, quarter = (np.clip((v + offset) * scale, N_FIT, 1.0 - N_FIT) for v in (halves, quarters))
-    odds = (half / (1.0 - half)) ** 2 * (1.0 - quarter) / quarter
-    full = odds / (1.0 + odds) / scale - offset
-    return np.where(((halves + offset) * scale > N_FIT) & (half > quarter), full, halves)
+    low = floor(n_genes)
+    half, quarter = (np.clip((v - low) / (1.0 - low), SMALLEST, 1.0 - SMALLEST) for v in (halves, quarters))
+    odds = half / (1.0 - half)
+    gain = METRICS[name].gain or np.clip(odds * (1.0 - quarter) / quarter, 1.0, MAX_GAIN)
+    full = low + (1.0 - low) * odds * gain / (1.0 + odds * gain)
+    return np.where((halves - low) / (1.0 - low) > SMALLEST, full, halves)

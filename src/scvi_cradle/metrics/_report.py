@@ -23,7 +23,7 @@ class Ceiling(Protocol):
     """What a repeat scores for draws of perturbations."""
 
     def __call__(self, name: str, weights: np.ndarray) -> np.ndarray:
-        """Return the score of a metric for weights of the perturbations, ``(n_draws, n_perturbations)``."""
+        """Return the score of a metric for weights of its perturbations, ``(n_draws, n_perturbations)``."""
 
 
 def build_report(
@@ -32,11 +32,15 @@ def build_report(
     ceiling: Ceiling,
     *,
     names: list[str],
+    among: list[int] | None = None,
     n_bootstrap: int,
     rng: np.random.Generator,
     notes: list[str],
 ) -> pd.DataFrame:
-    """Return the table; rows are the metrics ``names`` that both panels answer."""
+    """Return the table; rows are the metrics ``names`` that both panels answer.
+
+    ``among`` are the perturbations that the ceiling knows, all by default; scores are scaled over these.
+    """
     n = len(predicted.real)
     ours, trivial = contributions(predicted), contributions(baseline)
     bootstrap = n_bootstrap > 1 and n > 1
@@ -44,20 +48,23 @@ def build_report(
         notes = [*notes, "no interval: " + (f"{n_bootstrap=}" if n > 1 else "one perturbation")]
     draws = rng.multinomial(n, np.full(n, 1.0 / n), size=n_bootstrap) if bootstrap else np.ones((0, n))
     weights = np.vstack([np.ones((1, n)), draws])  # the first row is the estimate
+    kept = list(range(n)) if among is None else among
+    inner = weights[:, kept]
+    inner = inner[inner.any(axis=1)]  # draws with a perturbation that the ceiling knows
     rows = {}
     for name in [name for name in names if name in ours and name in trivial]:
         score, sign = METRICS[name].score, METRICS[name].sign
         value, base = score(weights @ ours[name]), score(weights @ trivial[name])
-        best = np.broadcast_to(ceiling(name, weights), value.shape)
-        room = sign * (best - base)
-        scaled = float(sign * (value[0] - base[0]) / room[0]) if room[0] > 0 else np.nan
+        best = np.broadcast_to(ceiling(name, inner), (len(inner),))
+        gain, room = (sign * (x - score(inner @ trivial[name][kept])) for x in (score(inner @ ours[name][kept]), best))
+        scaled = float(gain[0] / room[0]) if room[0] > 0 else np.nan
         said = notes + metric_notes(name, predicted)
         if not room[0] > 0:
             said.append("scaled is undefined: the ceiling is not better than the baseline")
         elif scaled > 1:
             said.append("above the ceiling: less noise than a repeat of the experiment has, or these cells were seen")
         low, high = _interval(value, n, METRICS[name].bounds)
-        scaled_low, scaled_high = _interval(_ratio_draws(sign * (value - base), room), n, (-np.inf, np.inf))
+        scaled_low, scaled_high = _interval(_ratio_draws(gain, room), n, (-np.inf, np.inf))
         numbers = [value[0], low, high, base[0], best[0], scaled, scaled_low, scaled_high]
         rows[name] = [*map(float, numbers), n, "; ".join(said)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")

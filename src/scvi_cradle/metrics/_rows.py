@@ -24,6 +24,13 @@ def unit_rows(values: np.ndarray, *, centre: bool, kept: np.ndarray | None = Non
     return np.where(known, moved / np.where(known, length, 1.0), 0.0)
 
 
+def less(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return ``values - reference``; rows that differ from it by rounding only become zero."""
+    difference = values - reference
+    size = np.linalg.norm(values, axis=-1, keepdims=True) + np.linalg.norm(reference, axis=-1, keepdims=True)
+    return np.where(np.linalg.norm(difference, axis=-1, keepdims=True) > CONSTANT * size, difference, 0.0)
+
+
 def pearson_rows(real: np.ndarray, predicted: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
     """Return Pearson's correlation of every row; 0 where one side is constant."""
     product = unit_rows(real, centre=True, kept=kept) * unit_rows(predicted, centre=True, kept=kept)

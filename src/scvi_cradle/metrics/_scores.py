@@ -11,7 +11,15 @@ from scipy.stats import hypergeom
 
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.metrics._effects import Effects, align_effects, as_frame
-from scvi_cradle.metrics._rows import discrimination_rows, flat_pearson, flat_r2, flat_sums, jaccard_rows, pearson_rows
+from scvi_cradle.metrics._rows import (
+    discrimination_rows,
+    flat_pearson,
+    flat_r2,
+    flat_sums,
+    jaccard_rows,
+    less,
+    pearson_rows,
+)
 from scvi_cradle.metrics._rows import top_k as strongest_genes
 
 
@@ -181,7 +189,7 @@ def pearson_delta(
         raise ValueError(msg)
     x, y = align_effects(real, predicted)
     centre = np.zeros(x.shape[1]) if train is None else mean_effect(train, x.columns)
-    return float(pearson_rows(x.to_numpy() - centre, y.to_numpy() - centre).mean())
+    return float(pearson_rows(less(x.to_numpy(), centre), less(y.to_numpy(), centre)).mean())
 
 
 def mean_effect(train: Effects, genes: pd.Index) -> np.ndarray:
