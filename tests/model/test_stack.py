@@ -78,7 +78,9 @@ def test_a_loaded_model_needs_its_data(sams, tmp_path, monkeypatch):
     without.get_average_treatment_effects(["G01"], **ASK)
     with monkeypatch.context() as patch:
         patch.setattr(_effects, "draw_libraries", None)  # fails before anything is drawn
-        with pytest.raises(ValueError, match="`stack` needs the training cells; received a SAMSVAE without its own data"):
+        with pytest.raises(
+            ValueError, match="`stack` needs the training cells; received a SAMSVAE without its own data"
+        ):
             without.get_average_treatment_effects(["G01"], stack=True, **ASK)
     again = SAMSVAE.load(tmp_path / "model", adata=sams.adata, accelerator="cpu")
     first, second = (m.get_average_treatment_effects(["G01"], stack=True, **ASK).X for m in (sams, again))
