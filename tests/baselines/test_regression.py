@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import ElasticNet as LinearRegressor
 from sklearn.neighbors import KNeighborsRegressor
 
 from scvi_cradle.baselines import Additive, ElasticNet, NearestNeighbors, PerturbedMean
@@ -13,8 +14,8 @@ from scvi_cradle.baselines import Additive, ElasticNet, NearestNeighbors, Pertur
 LABELS = ("A", "B", "C", "A+B", "A+C+D", "ctrl")
 
 
-def make_cells(labels=LABELS, n: int = 20) -> ad.AnnData:
-    rng = np.random.default_rng(0)
+def make_cells(labels=LABELS, n: int = 20, seed: int = 0) -> ad.AnnData:
+    rng = np.random.default_rng(seed)
     names = np.repeat(labels, n)
     rate = rng.gamma(1.0, 6.0, size=30) * np.ones((len(names), 1))
     for i, t in enumerate("ABCD"):
@@ -55,7 +56,9 @@ def test_neighbours_equal_scikit_learn_over_all_orders() -> None:
     for _ in range(600):
         order = rng.permutation(6)
         total += KNeighborsRegressor(3).fit(x[order], y[order]).predict(asked)
-    np.testing.assert_allclose(NearestNeighbors(3)._predict(x, y, asked), total / 600, atol=0.05)
+    model = NearestNeighbors(3)
+    model._regress(x, y)
+    np.testing.assert_allclose(model._predict(asked), total / 600, atol=0.05)
 
 
 def test_order_and_names_of_labels_do_not_matter() -> None:
@@ -89,6 +92,22 @@ def test_no_penalty_gives_least_squares() -> None:
     r = raw(labels)
     predicted = effects(ElasticNet(1e-7), ["A", "A+C"], labels)
     np.testing.assert_allclose(predicted, np.stack([r["A"], r["A"] + r["C"]]), atol=1e-3)
+
+
+def test_elastic_net_is_fitted_once(monkeypatch) -> None:
+    calls, original = [], LinearRegressor.fit
+    monkeypatch.setattr(LinearRegressor, "fit", lambda self, *a: calls.append(1) or original(self, *a))
+    model = ElasticNet().fit(make_cells(), "perturbation", control="ctrl")
+    assert len(calls) == 1
+    first = model.get_average_treatment_effects(["A", "B+C"]).X
+    np.testing.assert_array_equal(model.get_average_treatment_effects(["B+C"]).X, first[1:])
+    model.get_generated_expression(["A"], 5, seed=0)
+    assert len(calls) == 1
+    other = make_cells(seed=1)
+    again = model.fit(other, "perturbation", control="ctrl").get_average_treatment_effects(["A", "B+C"]).X
+    fresh = ElasticNet().fit(other, "perturbation", control="ctrl").get_average_treatment_effects(["A", "B+C"]).X
+    np.testing.assert_array_equal(again, fresh)
+    assert not np.array_equal(again, first)
 
 
 @pytest.mark.parametrize(("alpha", "l1_ratio"), [(0.05, 0.5), (0.2, 0.1), (None, 0.9)])

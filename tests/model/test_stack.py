@@ -52,6 +52,14 @@ def test_given_weight(sams, weight):
     np.testing.assert_array_equal(stacked.X[2], 0.0)
 
 
+@pytest.mark.parametrize("flag", [np.False_, np.True_])
+def test_flags_of_numpy(sams, flag):
+    result, expected = (sams.get_average_treatment_effects(["G01"], stack=x, **ASK) for x in (flag, bool(flag)))
+    np.testing.assert_array_equal(result.X, expected.X)
+    assert set(result.layers) == set(expected.layers)
+    assert ("shrinkage_weight" in result.obs) == bool(flag)
+
+
 def test_fitted_once_per_training(cases, shared_screen, monkeypatch):
     model = next(c for c in cases if c.model is SAMSVAE).fit(shared_screen.copy(), epochs=1)
     calls, original = [], _effects.fit_shrinkage
@@ -64,12 +72,16 @@ def test_fitted_once_per_training(cases, shared_screen, monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_loaded_model_needs_its_data(sams, tmp_path):
+def test_a_loaded_model_needs_its_data(sams, tmp_path, monkeypatch):
     sams.save(tmp_path / "model")
     without = SAMSVAE.load(tmp_path / "model", adata=False, accelerator="cpu")
     without.get_average_treatment_effects(["G01"], **ASK)
-    with pytest.raises(ValueError, match="`stack` needs the training cells; received a SAMSVAE without its own data"):
-        without.get_average_treatment_effects(["G01"], stack=True, **ASK)
+    with monkeypatch.context() as patch:
+        patch.setattr(_effects, "draw_libraries", None)  # fails before anything is drawn
+        with pytest.raises(
+            ValueError, match="`stack` needs the training cells; received a SAMSVAE without its own data"
+        ):
+            without.get_average_treatment_effects(["G01"], stack=True, **ASK)
     again = SAMSVAE.load(tmp_path / "model", adata=sams.adata, accelerator="cpu")
     first, second = (m.get_average_treatment_effects(["G01"], stack=True, **ASK).X for m in (sams, again))
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
@@ -106,5 +118,17 @@ def test_treatments_whose_cells_all_failed(cases, shared_screen):
     adata = shared_screen.copy()
     adata.obs.loc[adata.obs["perturbation"].astype(str).str.contains("G04"), "artifact"] = True
     model = case.fit(adata, epochs=1)
-    with pytest.raises(ValueError, match="training cells that passed QC for every treatment; received 'G04'"):
+    with pytest.raises(ValueError, match="`stack` needs training cells that passed QC.*received 'G04' without"):
         model.get_average_treatment_effects(["G01", "G04"], stack=True, **ASK)
+
+
+def test_treatments_known_from_combinations_only(cases, shared_screen, monkeypatch):
+    case = next(c for c in cases if c.model is SAMSVAE)
+    model = case.fit(shared_screen[shared_screen.obs["perturbation"] != "G01"].copy(), epochs=1)
+    seen = "G01+G02"
+    assert model.get_average_treatment_effects([seen], stack=True, **ASK).obs["shrinkage_weight"].tolist() == [0.75]
+    model.get_average_treatment_effects(["G01"], **ASK)
+    monkeypatch.setattr(_effects, "draw_libraries", None)  # fails before anything is drawn
+    message = r"each of its treatments alone; received 'G01', 'G01\+G04' without: ask for them with `stack=False`"
+    with pytest.raises(ValueError, match=message):
+        model.get_average_treatment_effects(["G01", seen, "G01+G04"], stack=True, **ASK)

@@ -73,6 +73,12 @@ class EffectBaseline(ABC):
         self._learn(effects)
         return self
 
+    @property
+    def seen_perturbations(self) -> list[str]:
+        """Perturbations with training cells, sorted, the control not among them."""
+        self._check_fitted()
+        return [n for n in self._table.labels if n != self._rule.control_name]
+
     def get_average_treatment_effects(self, perturbations: Iterable[str] | None = None) -> AnnData:
         """Predict effects on the log2 scale of :func:`scvi_cradle.metrics.average_treatment_effects`.
 
@@ -171,13 +177,9 @@ class EffectBaseline(ABC):
     def _request(
         self, perturbations: Iterable[str] | None, *, with_control: bool
     ) -> tuple[list[str], tuple[tuple[int, ...], ...]]:
-        if not hasattr(self, "_table"):
-            msg = (
-                f"A baseline must be fitted before it predicts; received an unfitted {type(self).__name__}: call `fit`."
-            )
-            raise RuntimeError(msg)
+        self._check_fitted()
         if perturbations is None:
-            names = [n for n in self._table.labels if with_control or n != self._rule.control_name]
+            names = list(self._table.labels) if with_control else self.seen_perturbations
         else:
             asked = [perturbations] if isinstance(perturbations, str) else perturbations
             names = [self._rule.canonical(p) for p in asked]
@@ -187,6 +189,13 @@ class EffectBaseline(ABC):
             msg = f"`perturbations` must name at least one label, each of them once; received {what}."
             raise ValueError(msg)
         return names, label_members(names, self._table.treatments, self._rule)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_table"):
+            msg = (
+                f"A baseline must be fitted before it predicts; received an unfitted {type(self).__name__}: call `fit`."
+            )
+            raise RuntimeError(msg)
 
     def _seen(self, labels: Sequence[str]) -> list[str]:
         known = set(self._table.labels)

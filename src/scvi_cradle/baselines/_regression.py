@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from anndata import AnnData
 from sklearn.linear_model import ElasticNet as LinearRegressor
 
 from scvi_cradle._labels import LabelTable
@@ -21,18 +22,25 @@ class MeanRegression(EffectBaseline):
     A predicted effect is the predicted mean minus the measured mean of the controls; the control itself has effect 0.
     """
 
-    def _effects(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> np.ndarray:
-        names = [self._rule.control_name, *self._raw.obs_names]
+    def _learn(self, effects: AnnData) -> None:
+        super()._learn(effects)
+        names = [self._rule.control_name, *effects.obs_names]
         rows = [self._table.labels.index(name) for name in names]
-        measured = np.vstack([np.zeros(self._raw.n_vars), raw_arrays(self._raw)[0]])
+        measured = np.vstack([np.zeros(effects.n_vars), raw_arrays(effects)[0]])
+        self._regress(self._table.dosage[rows], measured + effects.var["control_mean"].to_numpy())
+
+    def _effects(self, labels: Sequence[str], members: Sequence[tuple[int, ...]]) -> np.ndarray:
         asked = LabelTable(tuple(labels), self._table.treatments, tuple(members)).dosage
-        level = self._raw.var["control_mean"].to_numpy()
-        predicted = self._predict(self._table.dosage[rows], measured + level, asked) - level
+        predicted = self._predict(asked) - self._raw.var["control_mean"].to_numpy()
         predicted[[not parts for parts in members]] = 0.0
         return predicted
 
     @abstractmethod
-    def _predict(self, treatments: np.ndarray, expression: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    def _regress(self, treatments: np.ndarray, expression: np.ndarray) -> None:
+        """Learn from labels: treatments ``(n_labels, n_treatments)`` and mean expression ``(n_labels, n_genes)``."""
+
+    @abstractmethod
+    def _predict(self, asked: np.ndarray) -> np.ndarray:
         """Return the expression of labels with treatments ``asked``, shape ``(n_asked, n_genes)``."""
 
 
@@ -62,13 +70,16 @@ class NearestNeighbors(MeanRegression):
         check_positive("n_neighbors", n_neighbors, integer=True)
         self._n_neighbors = n_neighbors
 
-    def _predict(self, treatments: np.ndarray, expression: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        differ = np.abs(asked[:, None] - treatments).sum(2)  # squared distances, (n_asked, n_labels)
-        n = min(self._n_neighbors, len(treatments))
+    def _regress(self, treatments: np.ndarray, expression: np.ndarray) -> None:
+        self._treatments, self._expression = treatments, expression
+
+    def _predict(self, asked: np.ndarray) -> np.ndarray:
+        differ = np.abs(asked[:, None] - self._treatments).sum(2)  # squared distances, (n_asked, n_labels)
+        n = min(self._n_neighbors, len(self._treatments))
         last = np.sort(differ, axis=1)[:, n - 1 : n]
         nearer, tied = differ < last, differ == last
         places = n - nearer.sum(1, keepdims=True)
-        return (nearer + tied * places / tied.sum(1, keepdims=True)) @ expression / n
+        return (nearer + tied * places / tied.sum(1, keepdims=True)) @ self._expression / n
 
 
 class ElasticNet(MeanRegression):
@@ -101,8 +112,10 @@ class ElasticNet(MeanRegression):
             raise ValueError(msg)
         self._alpha, self._l1_ratio = alpha, l1_ratio
 
-    def _predict(self, treatments: np.ndarray, expression: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    def _regress(self, treatments: np.ndarray, expression: np.ndarray) -> None:
         alpha = 0.25 / len(treatments) if self._alpha is None else self._alpha
         model = LinearRegressor(alpha=alpha, l1_ratio=self._l1_ratio, max_iter=MAX_ITERATIONS)
-        model.fit(treatments.astype(np.float64), expression)
-        return model.predict(asked.astype(np.float64)).reshape(len(asked), -1)
+        self._model = model.fit(treatments.astype(np.float64), expression)
+
+    def _predict(self, asked: np.ndarray) -> np.ndarray:
+        return self._model.predict(asked.astype(np.float64)).reshape(len(asked), -1)

@@ -21,7 +21,7 @@ from scvi_cradle.model._draws import (
     library_grid,
     make_generator,
 )
-from scvi_cradle.model._stack import check_stack, fit_shrinkage, stack_effects
+from scvi_cradle.model._stack import as_stack, fit_shrinkage, shrunken_effects, stack_effects
 from scvi_cradle.module.base import LogNormalizedExpectation, Pairs
 
 
@@ -82,7 +82,8 @@ class EffectsMixin(LabelledModel):
         Raises
         ------
         ValueError
-            For an unknown treatment or an unknown option, and where ``stack`` has no training data or another scale.
+            For an unknown treatment or an unknown option, and where ``stack`` has another scale, no training data, or
+            no training cells that passed QC with a label or with each of its treatments alone.
         """
         method = method or ("perturbseq" if self.module.decoder.likelihood.counts else "mean")
         check_one_of("method", method, ("perturbseq", "mean"))
@@ -90,11 +91,13 @@ class EffectsMixin(LabelledModel):
             self._needs_counts("method='perturbseq'")
         check_one_of("expectation", expectation, ("exact", "sample"))
         check_positive("n_particles", n_particles, integer=True)
-        stacked = stack is not False
-        if stacked:
-            check_stack(stack=stack, method=method, library_size=library_size)
+        stack = as_stack(stack, method=method, library_size=library_size)
         control = self._rule.control_name
         labels = [x for x in self._requested_labels(perturbations) if perturbations is not None or x != control]
+        shrunken = None
+        if stack is not False:  # before anything is drawn: the data may be missing
+            self._shrinkage = self._shrinkage or fit_shrinkage(self)
+            shrunken = shrunken_effects(self._shrinkage, labels, self._rule)
         module, device = self.module, self.module.device
         generator = make_generator(seed, device)
         rng = np.random.default_rng(generator.initial_seed())
@@ -125,9 +128,8 @@ class EffectsMixin(LabelledModel):
             uns={CONTROL_UNS_KEY: control},
         )
         effects.layers["std"] = np.stack(stds)
-        if stacked:
-            self._shrinkage = self._shrinkage or fit_shrinkage(self)
-            stack_effects(effects, self._shrinkage, stack=stack)
+        if shrunken is not None:
+            stack_effects(effects, shrunken, stack=stack)
         return effects
 
     @torch.inference_mode()
