@@ -375,3 +375,13 @@ def test_cells_of_the_truth_in_another_input_are_said(real, replicate, train) ->
     note = evaluate(real, real, train=replicate, n_bootstrap=0)["note"].iloc[0]
     assert "320 perturbed cells of `real` are also in `predicted`" in note
     assert "`train`: it has seen" not in note
+
+
+def test_a_ceiling_of_one_perturbation_has_no_interval(real, replicate, train) -> None:
+    """Only p7 has enough cells for quarters: what is scaled is its score alone, without an interval."""
+    rank = real.obs.groupby("perturbation", observed=True).cumcount().to_numpy()
+    kept = real.obs["perturbation"].isin(["p7", "control"]).to_numpy() | (rank < 3)
+    table = evaluate(real[kept].copy(), replicate, train=train, n_bootstrap=20)
+    row = table.loc["pearson_delta"]
+    assert row["scaled"] == row["scaled_low"] == row["scaled_high"]
+    assert row["ci_low"] < row["ci_high"]

@@ -64,7 +64,7 @@ def build_report(
         elif scaled > 1:
             said.append("above the ceiling: less noise than a repeat of the experiment has, or these cells were seen")
         low, high = _interval(value, n, METRICS[name].bounds)
-        scaled_low, scaled_high = _interval(_ratio_draws(gain, room), n, (-np.inf, np.inf))
+        scaled_low, scaled_high = _interval(_ratio_draws(gain, room), len(kept), (-np.inf, np.inf))
         numbers = [value[0], low, high, base[0], best[0], scaled, scaled_low, scaled_high]
         rows[name] = [*map(float, numbers), n, "; ".join(said)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=REPORT_COLUMNS).rename_axis("metric")
@@ -84,7 +84,7 @@ def _interval(values: np.ndarray, n: int, bounds: tuple[float, float]) -> tuple[
     The sd over draws of ``n`` perturbations is too small by ``sqrt(1 - 1/n)``.
     """
     estimate, draws = float(values[0]), values[1:]
-    if not len(draws):
+    if len(draws) < 2 or n < 2:
         return estimate, estimate
     width = float(student_t.ppf(0.5 + LEVEL / 2, n - 1) * draws.std(ddof=1) * np.sqrt(n / (n - 1)))
     return max(estimate - width, bounds[0]), min(estimate + width, bounds[1])
