@@ -340,7 +340,7 @@ def test_bad_inputs(call, error, message, real, replicate, train) -> None:
 
 def test_few_cells_leave_a_perturbation_out_of_what_is_scaled(real, replicate, train) -> None:
     """p0 has three cells: its score counts, but the ceiling does not know it and nothing is scaled over it."""
-    rows = (real.obs["perturbation"] != "p0").to_numpy()
+    rows = (real.obs["perturbation"] != "p0").to_numpy(copy=True)
     rows[np.flatnonzero(~rows)[:3]] = True
     few = real[rows].copy()
     table = evaluate(few, replicate, train=train, n_bootstrap=50)
