@@ -1,4 +1,4 @@
-"""The report on predicted cells, and on predicted effects."""
+"""The report on predicted cells."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def evaluate(
         Text between the treatments of a combination; ``None``: labels are never split.
     train
         Training cells of the same experiment, with controls, for the baseline and for the mean of the training
-        perturbations. ``None``: the perturbations of ``real`` that are not scored (all, where all are scored).
+        perturbations. ``None``: the perturbations of ``real`` that are not scored (all, three at least, where all are
+        scored).
     layer
         Layer with the counts; ``None``: ``X``. ``predicted`` may lack the layer; then its ``X`` is taken.
     exclude_targets
@@ -93,8 +94,8 @@ def evaluate(
     KeyError
         If a column or a layer is not there.
     ValueError
-        If an input is not raw counts, genes differ, a predicted perturbation is not in ``real``, or ``real`` (or
-        ``train``) lacks controls.
+        If an input is not raw counts, genes differ, a predicted perturbation is not in ``real``, ``real`` (or
+        ``train``) lacks controls, or nothing is left for a baseline.
 
     Notes
     -----

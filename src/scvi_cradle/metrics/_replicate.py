@@ -243,8 +243,7 @@ def replicate_ceiling(
     ``full_size`` is extrapolated from halves and quarters: the odds of a score, on a scale on which noise is 0 and a
     perfect repeat 1, are taken to grow by one factor whenever the cells double: by 2 for correlations of all effects (the
     Spearman-Brown formula), else by what quarters and halves say, at most 2.5. ``benchmarks/RESULTS.md`` compares it with
-    repeats of the full
-    size. A prediction with less noise than a repeat can score higher.
+    repeats of the full size. A prediction with less noise than a repeat can score higher.
     """
     check_positive("n_repeats", n_repeats, integer=True)
     rule = LabelRule.create(control, sep)

@@ -92,11 +92,10 @@ def weighted_welch(
 
     **Weights that look at expression need weighted controls.** Choosing test cells by any score of their expression
     moves their mean along that score, also when the score is noise. On non-targeting cells of a real screen (Papalexi
-    2021), 200 of them called perturbed against 800, a nominal .05 became .075 (weights p) and .101 (weights p²) with
-    controls of weight 1, .080 and .103 when the score was cross-fitted, and .053 and .054 when the controls were
-    weighted by the same, cross-fitted score: give it as ``reference_weights``. Weights from guide counts alone are
-    calibrated (.052). Even the plain test had a hit after Bonferroni in 22 of 100 null runs: sparse genes have other
-    tails than Student's.
+    2021), 200 of them called perturbed against 800, a nominal .05 became .073 with weights p and controls of weight 1,
+    .078 when the score was cross-fitted, and .050 when the controls were weighted by the same, cross-fitted score: give
+    it as ``reference_weights``. Even the plain test (.051) had a hit after Bonferroni in 20 of 100 null runs: sparse
+    genes have other tails than Student's (``python benchmarks/metric_study.py welch``).
     """
     check_one_of("variance", variance, ("reliability", "frequency", "biased"))
     genes = next((x.columns for x in (x_test, x_reference) if isinstance(x, pd.DataFrame)), None)
