@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
+from scvi_cradle._constants import COUNTS_PER_CELL
 from scvi_cradle._validation import check_key
 
 
@@ -82,3 +83,13 @@ def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
     sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]
     return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def log_normalize(block: sp.csr_matrix) -> sp.csr_matrix:
+    """Return ``log2(1 + 1e4 x / total)`` of a block of counts as a new float64 matrix; empty cells stay 0."""
+    out = block.astype(np.float64)
+    out.sum_duplicates()
+    totals = np.asarray(out.sum(axis=1)).ravel()  # (n_cells,)
+    scale = COUNTS_PER_CELL / np.where(totals > 0, totals, 1.0)
+    out.data = np.log1p(out.data * np.repeat(scale, np.diff(out.indptr))) / np.log(2.0)
+    return out

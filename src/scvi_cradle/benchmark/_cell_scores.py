@@ -12,8 +12,8 @@ from scipy import stats
 from scipy.spatial.distance import pdist
 
 from scvi_cradle import metrics
-from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._constants import COLUMNS
+from scvi_cradle._matrix import log_normalize, to_csr
 
 MAX_CELLS = 100  # of a label, on either side
 #: -1 where less is better
@@ -27,16 +27,11 @@ SIGNS = {
 }
 
 
-def expression(cells: AnnData, rows: np.ndarray) -> np.ndarray:
-    """Return ``log2(1 + 1e4 x / total)`` of some cells, dense."""
-    counts = to_csr(cells.X[rows]).toarray().astype(np.float64)
-    return np.asarray(np.log2(1 + COUNTS_PER_CELL * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)))
-
-
 def draw(cells: AnnData, label: str | None, rng: np.random.Generator, n_cells: int | None = None) -> np.ndarray:
-    """Return the expression of ``n_cells`` (default: ``MAX_CELLS``) at most of a label (``None``: of all), shuffled."""
+    """Return log2 expression of ``n_cells`` (default: ``MAX_CELLS``) at most of a label (``None``: of all), shuffled."""
     rows = np.arange(cells.n_obs) if label is None else np.flatnonzero(cells.obs[COLUMNS.PERTURBATION] == label)
-    return expression(cells, rng.permutation(rows)[: MAX_CELLS if n_cells is None else n_cells])
+    chosen = rng.permutation(rows)[: MAX_CELLS if n_cells is None else n_cells]
+    return log_normalize(to_csr(cells.X[chosen])).toarray()
 
 
 def label_scores(real: np.ndarray, predicted: np.ndarray, bandwidth: float) -> dict[str, float]:

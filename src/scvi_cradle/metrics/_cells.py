@@ -13,9 +13,9 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._matrix import iter_blocks, to_csr
+from scvi_cradle._matrix import iter_blocks, log_normalize, to_csr
 from scvi_cradle._validation import preview
-from scvi_cradle.metrics._effects import log_normalize, read_counts, read_labels
+from scvi_cradle.metrics._effects import read_counts, read_labels
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from scvi_cradle._constants import CONTROL_UNS_KEY, COUNTS_PER_CELL
+from scvi_cradle._constants import CONTROL_UNS_KEY
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, get_matrix, iter_blocks
+from scvi_cradle._matrix import check_counts, get_matrix, iter_blocks, log_normalize
 from scvi_cradle._validation import check_key, check_one_of, check_unique_names, preview
 
 EffectMethod: TypeAlias = Literal["perturbseq", "mean"]
@@ -38,16 +38,6 @@ class GroupMoments:
     n_cells: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
-
-
-def log_normalize(block: sp.csr_matrix) -> sp.csr_matrix:
-    """Return ``log2(1 + 1e4 x / total)`` of a block of counts as a new float64 matrix; empty cells stay 0."""
-    out = block.astype(np.float64)
-    out.sum_duplicates()
-    totals = np.asarray(out.sum(axis=1)).ravel()  # (n_cells,)
-    scale = COUNTS_PER_CELL / np.where(totals > 0, totals, 1.0)
-    out.data = np.log1p(out.data * np.repeat(scale, np.diff(out.indptr))) / np.log(2.0)
-    return out
 
 
 def group_sums(matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectMethod) -> tuple[np.ndarray, np.ndarray]:

@@ -13,8 +13,8 @@ from anndata import AnnData, concat
 from mudata import MuData
 
 from scvi_cradle import metrics
-from scvi_cradle._constants import COLUMNS, COUNTS_PER_CELL, KEYS, QC_UNS_KEY
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._constants import COLUMNS, KEYS, QC_UNS_KEY
+from scvi_cradle._matrix import log_normalize, to_csr
 from scvi_cradle.data import label_table
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
@@ -268,13 +268,7 @@ def principal_variance(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple
     """
     order = rng.permutation(counts.shape[0])
     half = len(order) // 2
-    values = log_normalize(counts)
+    values = log_normalize(counts).toarray()
     fitted = values[order[:half]] - values[order[:half]].mean(0)
     axes = np.linalg.svd(fitted, full_matrices=False)[2][: min(N_COMPONENTS, half - 1)]
     return axes, max(float((values[order[half:]] @ axes.T).var(0).sum()), 1e-12)
-
-
-def log_normalize(counts: sp.csr_matrix) -> np.ndarray:
-    """Return ``log2(1 + 1e4 x / sum(x))`` as a dense array; cells without counts are 0."""
-    totals = np.maximum(np.asarray(counts.sum(1)).ravel(), 1.0)
-    return np.log2(1 + COUNTS_PER_CELL * (sp.diags(1 / totals) @ counts).toarray())
