@@ -23,7 +23,15 @@ FILES = {
     *("table.csv", "table.md", "evaluation.csv", "qc_report.csv", "qc_pass_rate.csv", "model", "generated.h5ad"),
     *("qc_thresholds.png", "qc_violin.png", "effects.png", "losses.png", "evaluation.png"),
 }
-METHODS = ["CradleVAE", "ShrunkenEffects", "Additive", "PerturbedMean", "ControlMean", "replicate"]
+METHODS = [
+    "CradleVAE",
+    "MultivariateShrinkage",
+    "ShrunkenEffects",
+    "Additive",
+    "PerturbedMean",
+    "ControlMean",
+    "replicate",
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from scvi_cradle.metrics import ate_pearson, average_treatment_effects, evaluate
 from scvi_cradle.model import CradleVAE
 
 MODEL = "CradleVAE"
-BASELINES = ("ShrunkenEffects", "Additive", "PerturbedMean", "ControlMean")
+BASELINES = ("MultivariateShrinkage", "ShrunkenEffects", "Additive", "PerturbedMean", "ControlMean")
 CEILING = "replicate"
 KNOWN = "known_effects_pearson"
 N_PARTICLES = 1_000
