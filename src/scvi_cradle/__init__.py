@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from scvi_cradle import baselines, benchmark, datasets, metrics, model, module, pl, pp, presets
-from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus
+from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, PerturbedVAE, SVAEPlus
 
 try:
     __version__ = version("scvi-cradle")
@@ -15,6 +15,7 @@ __all__ = [
     "SAMSVAE",
     "ConditionalVAE",
     "CradleVAE",
+    "PerturbedVAE",
     "SVAEPlus",
     "__version__",
     "baselines",

@@ -9,6 +9,7 @@ class _RegistryKeys(NamedTuple):
     PERTURBATION: str = "perturbation"
     DOSAGE: str = "dosage"
     ARTIFACT: str = "artifact"
+    PARTNER: str = "control_partner"
 
 
 class _Columns(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scvi
 
-from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus, datasets, pp
+from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, PerturbedVAE, SVAEPlus, datasets, pp
 
 TINY = {"n_latent": 5, "n_hidden": 16}
 
@@ -39,7 +39,7 @@ class Case:
     combines: bool = True
 
     def __str__(self):
-        return "-".join([self.model.__name__, *map(str, self.settings.values())])
+        return "-".join([self.model.__name__, *(v for v in self.settings.values() if isinstance(v, str))])
 
     @property
     def artifact(self):
@@ -73,6 +73,12 @@ MODELS = [
     Case(ConditionalVAE, ("latent",), latent_effects=False),
     Case(SVAEPlus, ("latent",), combines=False),
     Case(SVAEPlus, ("latent",), {"variant": "lopez"}, combines=False),
+    Case(
+        PerturbedVAE,
+        ("invariant", "responsive"),
+        {"likelihood": "nb", "n_latent": None, "n_latent_responsive": 5, "n_latent_invariant": 5},
+        latent_effects=False,
+    ),
 ]
 
 

@@ -8,22 +8,27 @@ from scvi_cradle.data._fields import (
     label_rule,
     label_table,
 )
+from scvi_cradle.data._partners import PairedSplitter, check_pairing, find_partners
 from scvi_cradle.data._queries import check_query
 from scvi_cradle.data._setup import SetupArguments, build_manager
 from scvi_cradle.data._splits import split_indices
-from scvi_cradle.data._statistics import TrainingStatistics, training_statistics
+from scvi_cradle.data._statistics import TrainingStatistics, pool_of_cells, training_statistics
 
 __all__ = [
     "ArtifactField",
     "DosageField",
+    "PairedSplitter",
     "PerturbationField",
     "SetupArguments",
     "TrainingStatistics",
     "build_manager",
+    "check_pairing",
     "check_query",
+    "find_partners",
     "holds_counts",
     "label_rule",
     "label_table",
+    "pool_of_cells",
     "split_indices",
     "training_statistics",
 ]

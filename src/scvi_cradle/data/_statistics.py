@@ -33,8 +33,8 @@ class TrainingStatistics:
     n_failed, n_failed_per_label
         Training cells that failed QC.
     libraries
-        A sample of at most 10,000 training cells per batch and flag: arrays ``total``, ``artifact``, ``batch``,
-        ``categorical``, ``continuous`` and ``weight`` (cells that a row stands for).
+        A sample of at most 10,000 training cells per batch and flag: arrays ``cell`` (position), ``total``, ``artifact``,
+        ``batch``, ``categorical``, ``continuous`` and ``weight`` (cells that a row stands for).
     reference_labels, reference_profiles
         Codes of the labels with failed training cells, and their gene-wise medians (or means) of counts as CSR.
     pools
@@ -62,6 +62,7 @@ def training_statistics(
     n_treatments: int,
     log: bool = True,
     statistic: str = "median",
+    sources: np.ndarray | None = None,
     seed: int = 0,
 ) -> TrainingStatistics:
     """Compute the statistics of the training cells in one pass over blocks of rows.
@@ -80,6 +81,8 @@ def training_statistics(
         Moments of ``log(1 + x)``, or of ``x`` for values that are no counts.
     statistic
         ``"median"`` or ``"mean"``: how the failed cells of a label make its reference profile.
+    sources
+        Which labels the sample of libraries is drawn from, shape ``(n_labels,)``; default: all.
     seed
         Seed of the samples of libraries and of pools above 1,000 cells.
     """
@@ -99,7 +102,14 @@ def training_statistics(
         n_obs_per_label=np.bincount(codes, minlength=n_labels),
         n_failed=int(failed.sum()),
         n_failed_per_label=np.bincount(codes[failed], minlength=n_labels),
-        libraries=_libraries(manager, train_indices, totals, failed, rng),
+        libraries=_libraries(
+            manager,
+            train_indices,
+            totals,
+            failed,
+            rng,
+            np.ones(len(codes), dtype=bool) if sources is None else sources[codes],
+        ),
         reference_labels=labels,
         reference_profiles=profiles,
         pools=pools,
@@ -149,20 +159,33 @@ def _treatment_counts(
 
 
 def _libraries(
-    manager: AnnDataManager, indices: np.ndarray, totals: np.ndarray, failed: np.ndarray, rng: np.random.Generator
+    manager: AnnDataManager,
+    indices: np.ndarray,
+    totals: np.ndarray,
+    failed: np.ndarray,
+    rng: np.random.Generator,
+    eligible: np.ndarray,
 ) -> dict[str, np.ndarray]:
     batch = column(manager, REGISTRY_KEYS.BATCH_KEY).astype(np.int64)[indices]
     kept, weight = [], []
-    for group in np.unique(np.stack([batch, failed], axis=1), axis=0):
-        rows = np.flatnonzero((batch == group[0]) & (failed == group[1]))
+    for group in np.unique(np.stack([batch, failed], axis=1)[eligible], axis=0):
+        rows = np.flatnonzero(eligible & (batch == group[0]) & (failed == group[1]))
         chosen = rows if len(rows) <= MAX_LIBRARIES else np.sort(rng.choice(rows, MAX_LIBRARIES, replace=False))
         kept.append(chosen)
         weight.append(np.full(len(chosen), len(rows) / len(chosen)))
     rows = np.concatenate(kept)
-    pool = {"total": totals[rows], "artifact": failed[rows], "batch": batch[rows], "weight": np.concatenate(weight)}
+    return pool_of_cells(manager, indices[rows], totals[rows], failed[rows], np.concatenate(weight))
+
+
+def pool_of_cells(
+    manager: AnnDataManager, cells: np.ndarray, totals: np.ndarray, failed: np.ndarray, weight: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return what new cells take from given ones: the arrays of ``TrainingStatistics.libraries``."""
+    batch = column(manager, REGISTRY_KEYS.BATCH_KEY).astype(np.int64)[cells]
+    pool = {"cell": cells, "total": totals, "artifact": failed, "batch": batch, "weight": weight}
     for name, key in (("categorical", REGISTRY_KEYS.CAT_COVS_KEY), ("continuous", REGISTRY_KEYS.CONT_COVS_KEY)):
         if key in manager.data_registry:
-            pool[name] = np.asarray(manager.get_from_registry(key))[indices][rows]
+            pool[name] = np.asarray(manager.get_from_registry(key))[cells]
     return pool
 
 

@@ -94,7 +94,7 @@ class LabelledModel(BaseModelClass):
             raise ValueError(msg)
         table, fields = self._table, self.registry_["field_registries"]
         covariates = fields.get(REGISTRY_KEYS.CAT_COVS_KEY, {}).get("state_registry", {})
-        if settings["n_latent"] is None:
+        if "n_latent" in settings and settings["n_latent"] is None:
             settings["n_latent"] = presets.latent_size(len(table.treatments), len(self._genes))
             self._architecture["n_latent"] = settings["n_latent"]
         self.module = self._module_cls(
@@ -109,12 +109,13 @@ class LabelledModel(BaseModelClass):
         self.qc_record_ = self._shrinkage = None
         self._model_summary_string = (
             f"{type(self).__name__} with {len(self._genes)} genes, {len(table.treatments)} treatments, "
-            f"{len(table.labels)} labels; n_latent: {self._architecture['n_latent']}."
+            f"{len(table.labels)} labels; n_latent: {self.module.n_latent}."
         )
 
     def _get_init_params(self, locals: dict[str, Any]) -> dict[str, Any]:
         """Save the latent size that was chosen, so that a saved model is built as it was whatever is chosen later."""
-        return super()._get_init_params(locals | {"n_latent": self._architecture["n_latent"]})
+        chosen = {name: self._architecture[name] for name in ("n_latent",) if name in self._architecture}
+        return super()._get_init_params(locals | chosen)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -188,9 +189,13 @@ class LabelledModel(BaseModelClass):
     def _needs_counts(self, what: str) -> None:
         """Raise ``NotImplementedError`` for what only counts have."""
         if not self.module.decoder.likelihood.counts:
-            msg = (
-                f"{what} needs counts; received a model with `likelihood='gaussian'`: use 'nb' or 'poisson' on counts."
-            )
+            msg = f"{what} needs counts; received a model with `likelihood={self._architecture['likelihood']!r}`: use 'nb' on counts."
+            raise NotImplementedError(msg)
+
+    def _needs_density(self, what: str) -> None:
+        """Raise ``NotImplementedError`` for a bound of a likelihood that the model does not have."""
+        if not self.module.decoder.likelihood.is_density:
+            msg = f"`{what}` needs a likelihood; received a model with `likelihood='mse'`, which is none: use 'gaussian', or 'nb' on counts."
             raise NotImplementedError(msg)
 
     def _batch_code(self, batch: str | None) -> int | None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL
 from scvi_cradle._validation import check_one_of, check_positive
-from scvi_cradle.model._base import LabelledModel
 from scvi_cradle.model._draws import (
     as_module_input,
     covariate_tensors,
@@ -21,11 +20,12 @@ from scvi_cradle.model._draws import (
     library_grid,
     make_generator,
 )
+from scvi_cradle.model._generation import GenerationMixin
 from scvi_cradle.model._stack import as_stack, fit_shrinkage, shrunken_effects, stack_effects
 from scvi_cradle.module.base import LogNormalizedExpectation, Pairs
 
 
-class EffectsMixin(LabelledModel):
+class EffectsMixin(GenerationMixin):
     """Average treatment effects."""
 
     @torch.inference_mode()
@@ -107,7 +107,7 @@ class EffectsMixin(LabelledModel):
         transform = _Transform(module.decoder.likelihood, grid, group, method, expectation, generator, device)
         members = torch.as_tensor(self._members([control, *labels]), device=device)
         covariates = module.covariates(tensors)
-        noise = torch.randn(1, n_particles, module.n_latent, generator=generator, device=device)
+        noise = self._draw_noise(self._library_pool, libraries.rows, generator)
         module.eval()
 
         def expression(code: int, z: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class EffectsMixin(LabelledModel):
         base = expression(0, noise)
         means, stds = [], []
         for code in range(1, len(labels) + 1):
-            z = noise if share_basal else torch.randn(noise.shape, generator=generator, device=device)
+            z = noise if share_basal else self._draw_noise(self._library_pool, libraries.rows, generator)
             difference = expression(code, z) - base
             means.append(difference.mean(0).cpu().numpy())
             stds.append(difference.std(0, unbiased=False).cpu().numpy())

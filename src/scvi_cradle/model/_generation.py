@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,19 @@ from scvi_cradle.module.base import library_size as observed_library_size
 
 Output = Literal["counts", "mean", "normalized"]
 OUTPUTS = ("counts", "mean", "normalized")
+
+
+@dataclass(frozen=True)
+class Request:
+    """How new cells are asked for (see ``get_generated_expression``)."""
+
+    n_samples: int
+    artifact: bool
+    library_size: float | Literal["observed"]
+    output: Output
+    batch: str | None
+    seed: int | None
+    batch_size: int | None
 
 
 class GenerationMixin(LabelledModel):
@@ -79,29 +93,45 @@ class GenerationMixin(LabelledModel):
         RuntimeError
             If the model is not trained.
         """
-        labels = self._requested_labels(perturbations)
-        self._check_output(output)
-        with_artifact = self._artifact_argument(artifact=bool(artifact))
-        check_positive("n_samples", n_samples, integer=True)
-        generator, rng = _randomness(self, seed)
+        request = Request(n_samples, bool(artifact), library_size, output, batch, seed, batch_size)
+        return self._generate(self._requested_labels(perturbations), self._library_pool, request)
+
+    def _generate(self, labels: list[str], pool: dict[str, np.ndarray], request: Request) -> AnnData:
+        """Generate cells of canonical labels, with covariates, library sizes and states of the cells of a pool."""
+        self._check_output(request.output)
+        with_artifact = self._artifact_argument(artifact=request.artifact)
+        check_positive("n_samples", request.n_samples, integer=True)
+        generator, rng = _randomness(self, request.seed)
+        batch = self._batch_code(request.batch)
         draw = draw_libraries(
-            self._library_pool, n_samples, library_size, artifact=bool(artifact), batch=self._batch_code(batch), rng=rng
+            pool, request.n_samples, request.library_size, artifact=request.artifact, batch=batch, rng=rng
         )
-        covariates = covariate_tensors(self._library_pool, draw.rows)
+        covariates = covariate_tensors(pool, draw.rows)
         members = torch.as_tensor(self._members(labels), device=self.module.device)
         blocks = []
         for row in members:
-            for rows in _blocks(n_samples, batch_size):
+            for rows in _blocks(request.n_samples, request.batch_size):
                 tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, self.module.device)
                 pairs = Pairs.from_members(row.expand(len(rows), -1))
-                decoded = decode_prior(self.module, pairs, tensors, generator=generator, **with_artifact)
+                noise = self._draw_noise(pool, draw.rows[rows], generator)
+                decoded = decode_prior(self.module, pairs, tensors, noise, generator=generator, **with_artifact)
                 library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
-                blocks.append(_emit(self.module, decoded, library, output, generator))
-        obs = self._generated_obs(labels, n_samples, artifact=bool(artifact))
+                blocks.append(_emit(self.module, decoded, library, request.output, generator))
+        obs = self._generated_obs(labels, request.n_samples, artifact=request.artifact)
         if self.module.decoder.likelihood.counts:
             obs["library_size"] = np.tile(draw.total, len(labels))
-        self._add_batch(obs, np.tile(self._library_pool["batch"][draw.rows], len(labels)))
+        self._add_batch(obs, np.tile(pool["batch"][draw.rows], len(labels)))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
+
+    def _draw_noise(
+        self, pool: dict[str, np.ndarray], rows: np.ndarray, generator: Generator, *, vary: bool = True
+    ) -> Tensor:
+        """Return what new cells differ by, shape ``(1, n_cells, n_latent)``: standard normal, or 0 for ``vary=False``.
+
+        ``rows`` are the cells of the pool that new cells take their covariates from.
+        """
+        noise = torch.randn((1, len(rows), self.module.n_latent), generator=generator, device=self.module.device)
+        return noise if vary else torch.zeros_like(noise)
 
     @torch.inference_mode()
     def get_counterfactual_expression(
@@ -234,21 +264,10 @@ class GenerationMixin(LabelledModel):
 
 
 def decode_prior(
-    module: Any,
-    pairs: Pairs,
-    tensors: dict[str, Tensor],
-    *,
-    generator: Generator,
-    vary_basal: bool = True,
-    **artifact: bool,
+    module: Any, pairs: Pairs, tensors: dict[str, Tensor], noise: Tensor, *, generator: Generator, **artifact: bool
 ) -> Tensor:
-    """Draw latent variables of cells from the prior of ``z_b`` and the posteriors of the global ones; decode them.
-
-    ``vary_basal=False`` puts every cell at the mean of the prior of its latent state.
-    """
+    """Decode new cells with the given noise of their own; global variables are drawn."""
     module.eval()
-    noise = torch.randn((1, pairs.n_cells, module.n_latent), generator=generator, device=module.input_mean.device)
-    noise = noise if vary_basal else torch.zeros_like(noise)
     return module.decoder(module.prior(pairs, noise, generator=generator, **artifact), module.covariates(tensors))[0]
 
 

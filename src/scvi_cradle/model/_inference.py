@@ -23,7 +23,7 @@ class InferenceMixin(LabelledModel):
     def get_latent_representation(
         self,
         adata: AnnData | None = None,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         *,
         component: str | None = None,
         give_mean: bool = True,
@@ -37,7 +37,9 @@ class InferenceMixin(LabelledModel):
             Cells; default: the model's own.
         component
             A part by name, or ``"full"``: all parts side by side. CradleVAE: ``"basal"`` (default), ``"perturbation"``,
-            ``"artifact"``; SAMSVAE and CPAVAE: ``"basal"`` (default), ``"perturbation"``; the others: ``"latent"``.
+            ``"artifact"``; SAMSVAE and CPAVAE: ``"basal"`` (default), ``"perturbation"``; PerturbedVAE: ``"invariant"``
+            (default), ``"responsive"`` and, beside the latent variables, ``"hidden"`` (the output of the encoder); the
+            others: ``"latent"``.
         give_mean
             Posterior means instead of a draw.
         batch_size
@@ -45,7 +47,7 @@ class InferenceMixin(LabelledModel):
 
         Returns
         -------
-        Array of shape ``(n_cells, n_latent)``, or ``(n_cells, n_parts * n_latent)`` for ``"full"``.
+        Array of shape ``(n_cells, width of the part)``; for ``"full"`` widths add up.
 
         Raises
         ------
@@ -57,7 +59,8 @@ class InferenceMixin(LabelledModel):
             values = self.module.components(latent)
             name = next(iter(values)) if component is None else component
             check_one_of("component", name, (*values, "full"))
-            chosen = values.values() if name == "full" else [values[name]]
+            latents = [v for part, v in values.items() if part not in self.module.beside_full]
+            chosen = latents if name == "full" else [values[name]]
             parts.append(torch.cat([v[0] for v in chosen], dim=-1).cpu().numpy())
         return np.concatenate(parts)
 
@@ -92,6 +95,7 @@ class InferenceMixin(LabelledModel):
         Array of shape ``(n_cells,)``, in nats.
         """
         self._trained_counts()
+        self._needs_density("get_iwelbo")
         check_positive("n_particles", n_particles, integer=True)
         seed = int(torch.randint(2**31 - 1, (1,)))
         device, bounds = self.module.device, []
@@ -138,6 +142,7 @@ class InferenceMixin(LabelledModel):
         n_particles
             Draws per cell.
         """
+        self._needs_density("get_elbo")
         values = []
         for tensors, outputs in self._batches_with_outputs(
             adata, indices, batch_size, dataloader, n_samples=n_particles

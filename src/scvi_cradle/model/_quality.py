@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from anndata import AnnData, concat
 from mudata import MuData
@@ -47,8 +46,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         Returns
         -------
         ``kl_basal`` and ``kl_basal_failed``: mean of ``KL(q(z_b) || N(0, I))`` in nats over all and over failed cells;
-        ``variance_ratio``: generated over real cell-to-cell variance of ``log2(1 + 1e4 x / sum(x))`` along the first
-        ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
+        PerturbedVAE has ``kl_invariant`` and ``kl_responsive`` in their place;
+        ``variance_ratio``: generated over real cell-to-cell variance of ``log2(1 + 1e4 x / sum(x))`` (or of values that
+        are no counts) along the first ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
         the other); ``state_variance_ratio``: the same beyond counting noise, that is after taking from both the variance
         of cells that the model generates with one basal state. Both are left out when there are too few cells, the
         latter also when counting noise is all there is.
@@ -63,17 +63,15 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         cells = np.sort(rng.choice(train, min(MAX_CELLS, len(train)), replace=False))
         kls, flags = [], []
         for tensors, latent in self._latent_batches(data, cells, None, n_samples=1, sample=False):
-            kls.append(self.module.kl_basal(latent, sampled=False)[0].cpu().numpy())
-            flags.append(
-                tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0
-                if KEYS.ARTIFACT in tensors
-                else np.zeros(len(kls[-1]), dtype=bool)
-            )
-        kl, failed = np.concatenate(kls), np.concatenate(flags)
-        result = {"kl_basal": float(kl.mean())}
+            kls.append({name: kl[0].cpu().numpy() for name, kl in self.module.divergences(latent).items()})
+            if KEYS.ARTIFACT in tensors:
+                flags.append(tensors[KEYS.ARTIFACT][:, 0].cpu().numpy() > 0)
+        kl = {name: np.concatenate([batch[name] for batch in kls]) for name in kls[0]}
+        result = {name: float(values.mean()) for name, values in kl.items()}
+        failed = np.concatenate(flags) if flags else np.zeros(len(cells), dtype=bool)
         if failed.any():
-            result["kl_basal_failed"] = float(kl[failed].mean())
-        return result | (self._variance_ratios(train, rng, seed) if self.module.decoder.likelihood.counts else {})
+            result |= {f"{name}_failed": float(values[failed].mean()) for name, values in kl.items()}
+        return result | self._variance_ratios(train, rng, seed)
 
     def _variance_ratios(self, train: np.ndarray, rng: np.random.Generator, seed: int) -> dict[str, float]:
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[train].astype(int)
@@ -85,12 +83,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         if len(cells) < MIN_CELLS:
             return {}
         cells = np.sort(rng.choice(cells, min(MAX_CELLS, len(cells)), replace=False))
-        axes, real = principal_variance(to_csr(self.adata_manager.get_from_registry("X")[cells]), rng)
+        axes, real = principal_variance(self._comparable(self.adata_manager.get_from_registry("X")[cells]), rng)
         generated, noise = (
-            (
-                log_normalize(self._prior_counts(self._table.labels[label], max(500, len(cells)), seed, vary_basal=v))
-                @ axes.T
-            )
+            (self._prior_expression(self._table.labels[label], max(500, len(cells)), seed, vary=v) @ axes.T)
             .var(0)
             .sum()
             for v in (True, False)
@@ -100,17 +95,23 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             result["state_variance_ratio"] = float((generated - noise) / (real - noise))
         return result
 
-    def _prior_counts(self, label: str, n_samples: int, seed: int, *, vary_basal: bool) -> sp.csr_matrix:
-        """Generate artifact-free counts of one label, with or without basal variation."""
+    def _comparable(self, matrix: Any) -> np.ndarray:
+        """Return expression on the scale of comparisons: log-normalised counts, or other values as they are."""
+        values = to_csr(matrix)
+        return np.asarray((log_normalize(values) if self.module.decoder.likelihood.counts else values).toarray())
+
+    def _prior_expression(self, label: str, n_samples: int, seed: int, *, vary: bool) -> np.ndarray:
+        """Generate artifact-free cells of one label on the scale of comparisons, with or without variation of state."""
         module, generator = self.module, make_generator(seed, self.module.device)
         rng = np.random.default_rng(seed)
         draw = draw_libraries(self._library_pool, n_samples, "observed", artifact=False, batch=None, rng=rng)
         tensors = as_module_input(covariate_tensors(self._library_pool, draw.rows), module.device)
         members = torch.as_tensor(self._members([label]), device=module.device).expand(n_samples, -1)
-        decoded = decode_prior(module, Pairs.from_members(members), tensors, generator=generator, vary_basal=vary_basal)
+        noise = self._draw_noise(self._library_pool, draw.rows, generator, vary=vary)
+        decoded = decode_prior(module, Pairs.from_members(members), tensors, noise, generator=generator)
         likelihood = module.decoder.likelihood
         mean = likelihood.mean(decoded, torch.as_tensor(draw.total, device=module.device)[:, None])
-        return sp.csr_matrix(likelihood.sample(mean, generator).cpu().numpy())
+        return self._comparable(likelihood.sample(mean, generator).cpu().numpy())
 
     def _diagnostic_warnings(self, diagnostics: dict[str, float]) -> list[str]:
         """Return one sentence per sign of a collapsed basal state."""
@@ -256,19 +257,18 @@ def failed_cells(manager: Any, positions: np.ndarray) -> np.ndarray:
     return np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
 
 
-def principal_variance(counts: sp.csr_matrix, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def principal_variance(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """Return principal axes of one half of the cells, ``(n_axes, n_genes)``, and the variance of the other half along them.
 
     Parameters
     ----------
-    counts
-        Counts, shape ``(n_cells, n_genes)``.
+    values
+        Expression, shape ``(n_cells, n_genes)``.
     rng
         Splits the cells.
     """
-    order = rng.permutation(counts.shape[0])
+    order = rng.permutation(len(values))
     half = len(order) // 2
-    values = log_normalize(counts).toarray()
     fitted = values[order[:half]] - values[order[:half]].mean(0)
     axes = np.linalg.svd(fitted, full_matrices=False)[2][: min(N_COMPONENTS, half - 1)]
     return axes, max(float((values[order[half:]] @ axes.T).var(0).sum()), 1e-12)

@@ -10,9 +10,8 @@ from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
 from scvi_cradle.data import holds_counts
-from scvi_cradle.model._base import warn
 from scvi_cradle.model._effects import EffectsMixin
-from scvi_cradle.model._setup import SetupMixin
+from scvi_cradle.model._setup import SetupMixin, check_likelihood
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.module import SAMSVAEModule
 
@@ -157,15 +156,3 @@ class SAMSVAE(SetupMixin, TrainingMixin, EffectsMixin):
         ...     model.train(split_key="split", lr=1e-2)
         """
         self.module.effects.mask.reset()
-
-
-def check_likelihood(likelihood: str, is_counts: bool) -> None:  # noqa: FBT001
-    """Refuse a counts' likelihood for other values, and warn of a Gaussian for counts."""
-    if likelihood != "gaussian" and not is_counts:
-        msg = f"`likelihood={likelihood!r}` needs raw counts; the registered data are not: register the layer with the counts, or use likelihood='gaussian'."
-        raise ValueError(msg)
-    if likelihood == "gaussian" and is_counts:
-        warn(
-            "The registered data are raw counts, and likelihood='gaussian' treats them as Gaussian values: "
-            "use 'nb', or register normalised values."
-        )

@@ -10,6 +10,7 @@ from mudata import MuData
 from scvi.model.base import BaseModelClass
 
 from scvi_cradle.data import SetupArguments, build_manager
+from scvi_cradle.model._base import warn
 
 WITHOUT_ARTIFACT = ("artifact_key", "artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 
@@ -138,3 +139,16 @@ class SetupMixin(BaseModelClass):
             count_only=cls._count_only,
         )
         cls.register_manager(build_manager(data, arguments, setup_method_args, **kwargs))
+
+
+def check_likelihood(likelihood: str, is_counts: bool) -> None:  # noqa: FBT001
+    """Refuse a counts' likelihood for other values, and warn of any other for counts."""
+    takes_counts = likelihood in ("nb", "poisson")
+    if takes_counts and not is_counts:
+        msg = f"`likelihood={likelihood!r}` needs raw counts; the registered data are not: register the layer with the counts, or use likelihood='gaussian'."
+        raise ValueError(msg)
+    if is_counts and not takes_counts:
+        warn(
+            f"The registered data are raw counts, and likelihood={likelihood!r} treats them as Gaussian values: "
+            "use 'nb', or register normalised values."
+        )

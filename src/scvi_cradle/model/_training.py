@@ -18,13 +18,16 @@ from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
 
 MIN_EPOCHS, N_VALIDATIONS = 5, 100
-PLAN_ARGUMENTS = ("lr", "weight_decay", "lr_schedule", "effect_lr_scale", "n_epochs_kl_warmup")
+PLAN_ARGUMENTS = (
+    *("lr", "weight_decay", "lr_schedule", "effect_lr_scale"),
+    *("n_epochs_kl_warmup", "n_epochs_align_warmup"),
+)
 
 
 class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
     """``train`` of the models."""
 
-    _training_plan_cls = PerturbationTrainingPlan
+    _training_plan_cls: type[PerturbationTrainingPlan] = PerturbationTrainingPlan
 
     def train(
         self,
@@ -103,6 +106,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
         )
+        splitter = self._splitter_arguments(split)
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(len(split[0]) / batch_size)
         if max_epochs is None and max_steps is None:
@@ -123,7 +127,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
                 batch_size=batch_size,
                 early_stopping=early_stopping,
                 plan_kwargs=plan | (plan_kwargs or {}),
-                datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split},
+                datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split} | splitter,
                 **(trainer | kwargs),
             )
         finally:
@@ -132,6 +136,14 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
+
+    def _splitter_arguments(self, split: list[np.ndarray]) -> dict[str, Any]:
+        """Return further arguments of the model's data splitter; an error for a split that it cannot use."""
+        return {}
+
+    def _sources(self) -> np.ndarray | None:
+        """Return which labels new cells take library sizes and covariates from, shape ``(n_labels,)``; None: all."""
+        return None
 
     def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
         """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
@@ -151,6 +163,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             n_treatments=len(table.treatments),
             log=self.module.log_input,
             statistic=self.module.references.statistic if self.module.has_artifact else "median",
+            sources=self._sources(),
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))

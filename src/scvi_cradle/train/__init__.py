@@ -1,5 +1,5 @@
-"""Training plan."""
+"""Training plans."""
 
-from scvi_cradle.train._plan import PerturbationTrainingPlan
+from scvi_cradle.train._plan import PairedTrainingPlan, PerturbationTrainingPlan
 
-__all__ = ["PerturbationTrainingPlan"]
+__all__ = ["PairedTrainingPlan", "PerturbationTrainingPlan"]

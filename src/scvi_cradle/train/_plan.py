@@ -11,6 +11,8 @@ from scvi.train import TrainingPlan
 
 from scvi_cradle._validation import check_one_of
 
+KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the epochs: (10, 50) and (5, 50) of the published 100
+
 
 class PerturbationTrainingPlan(TrainingPlan):
     """Training plan of the models of this package.
@@ -99,3 +101,52 @@ class PerturbationTrainingPlan(TrainingPlan):
             batch_size=loss_output.n_obs_minibatch,
             sync_dist=self.use_sync_dist,
         )
+
+
+class PairedTrainingPlan(PerturbationTrainingPlan):
+    """Training plan of PerturbedVAE: warm-ups of the divergences and of the alignment, each with a start and an end.
+
+    Parameters
+    ----------
+    module
+        The module to train.
+    n_epochs_kl_warmup, n_epochs_align_warmup
+        ``(start, end)``: the weight is 0 up to epoch ``start`` and full from epoch ``end``, linear between. Default: from
+        10 % (alignment: 5 %) to 50 % of the epochs of the run.
+    **kwargs
+        Further arguments of :class:`PerturbationTrainingPlan`.
+    """
+
+    def __init__(
+        self,
+        module: BaseModuleClass,
+        *,
+        n_epochs_kl_warmup: tuple[float, float] | None = None,
+        n_epochs_align_warmup: tuple[float, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.warmups = {
+            "kl_weight": (n_epochs_kl_warmup, KL_WARMUP),
+            "alignment_ramp": (n_epochs_align_warmup, ALIGN_WARMUP),
+        }
+        super().__init__(module, **kwargs)
+        self.loss_kwargs["alignment_ramp"] = 0.0
+
+    def ramp(self, name: str) -> float:
+        """Return the factor, from 0 to 1, of ``"kl_weight"`` or ``"alignment_ramp"`` in this epoch."""
+        epochs, shares = self.warmups[name]
+        if epochs is None:
+            n_epochs = self.trainer.max_epochs if self._trainer is not None else 0
+            epochs = (shares[0] * n_epochs, shares[1] * n_epochs)
+        start, end = epochs
+        return float(min(max((self.current_epoch - start) / max(end - start, 1e-9), 0.0), 1.0))
+
+    @property
+    def kl_weight(self) -> float:
+        """Factor of the divergences in this epoch."""
+        return self.ramp("kl_weight")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Take a step, with the alignment's factor of this epoch."""
+        self.loss_kwargs["alignment_ramp"] = self.ramp("alignment_ramp")
+        return super().training_step(batch, batch_idx)

@@ -22,10 +22,18 @@ from scvi_cradle.module.base._likelihood import (
     softmax_rates,
 )
 from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask, straight_through_bernoulli
+from scvi_cradle.module.base._mmd import multiscale_mmd
 from scvi_cradle.module.base._module import LatentDraw, PerturbationModule, posterior_of_cells, sample_normal
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
-from scvi_cradle.module.base._observation import GaussianLikelihood, NegativeBinomialLikelihood, PoissonLikelihood
+from scvi_cradle.module.base._observation import (
+    GaussianLikelihood,
+    MeanSquaredError,
+    NegativeBinomialLikelihood,
+    PoissonLikelihood,
+)
+from scvi_cradle.module.base._perceptron import PerceptronDecoder, perceptron
 from scvi_cradle.module.base._references import References
+from scvi_cradle.module.base._scm import LatentCausalModel, Mechanism, noise_kl, solve_in_order
 
 __all__ = [
     "AmortizedEmbedding",
@@ -40,11 +48,15 @@ __all__ = [
     "FreeGaussian",
     "GaussianHead",
     "GaussianLikelihood",
+    "LatentCausalModel",
     "LatentDraw",
     "LogNormalizedExpectation",
+    "MeanSquaredError",
+    "Mechanism",
     "NegativeBinomialLikelihood",
     "OutputHead",
     "Pairs",
+    "PerceptronDecoder",
     "PerturbationModule",
     "PointEmbedding",
     "PoissonLikelihood",
@@ -60,11 +72,15 @@ __all__ = [
     "gaussian_kl",
     "importance_weighted_bound",
     "library_size",
+    "multiscale_mmd",
     "negative_binomial_log_prob",
+    "noise_kl",
     "normal_like",
     "normal_log_prob",
+    "perceptron",
     "posterior_of_cells",
     "sample_normal",
     "softmax_rates",
+    "solve_in_order",
     "straight_through_bernoulli",
 ]

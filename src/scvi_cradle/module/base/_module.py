@@ -81,6 +81,7 @@ class PerturbationModule(BaseModuleClass):
     decoder: Any
     has_artifact = False
     objectives: tuple[str, ...] = ("elbo", "iwelbo")
+    beside_full: tuple[str, ...] = ()  # components that are no latent variables
 
     def __init__(
         self,
@@ -182,6 +183,10 @@ class PerturbationModule(BaseModuleClass):
         if self.sampled_kl if sampled is None else sampled:
             return (q.log_prob(latent.z_basal) - normal_log_prob(latent.z_basal, mean, 1.0)).sum(-1)
         return gaussian_kl(q.loc, q.scale, mean, 1.0).sum(-1)
+
+    def divergences(self, latent: Any) -> dict[str, Tensor]:
+        """Return the divergence of every latent part in closed form, by name, each ``(n_particles, n_cells)``."""
+        return {"kl_basal": self.kl_basal(latent, sampled=False)}
 
     def global_shares(self, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> Tensor:
         """Return what every cell carries of the global divergences, shape ``(n_particles or 1, n_cells)``.

@@ -16,10 +16,12 @@ STD_FLOOR = 1e-3
 
 
 class Likelihood(nn.Module):
-    """An observation model; a subclass adds ``mean``, ``log_prob``, ``sample`` and ``initialize``."""
+    """An observation model of ``n_genes`` genes; a subclass adds ``mean``, ``log_prob``, ``sample`` and ``initialize``."""
 
     counts: bool
+    is_density = True  # whether ``log_prob`` is one
     log_prob: Callable[[Tensor, Tensor, Tensor], Tensor]
+    initialize: Callable[[nn.Linear, Tensor, Tensor, Tensor], None]
 
     def weighted_log_prob(
         self, x: Tensor, features: Tensor, layer: nn.Linear, library: Tensor, weight: Tensor
@@ -123,8 +125,35 @@ class GaussianLikelihood(Likelihood):
         self.log_std.data.copy_(std.log())
 
 
-LIKELIHOODS: dict[str, type[NegativeBinomialLikelihood | PoissonLikelihood | GaussianLikelihood]] = {
+class MeanSquaredError(Likelihood):
+    """The squared error, averaged over genes, of values that are no counts; no likelihood, and nothing is drawn."""
+
+    counts = False
+    is_density = False
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+
+    def mean(self, output: Tensor, library: Tensor) -> Tensor:
+        """Return expected values, shape ``(..., n_cells, n_genes)``."""
+        return output
+
+    def log_prob(self, x: Tensor, output: Tensor, library: Tensor) -> Tensor:
+        """Return the negative mean squared error over genes, shape ``(n_particles, n_cells)``."""
+        return -(x - output).square().mean(-1)
+
+    def sample(self, mean: Tensor, generator: Generator) -> Tensor:
+        """Return the mean: the objective has no observation noise."""
+        return mean
+
+    def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Start the output bias at the mean of the data, shape ``(n_genes,)``."""
+        layer.bias.data.copy_(mean)
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
     "nb": NegativeBinomialLikelihood,
     "poisson": PoissonLikelihood,
     "gaussian": GaussianLikelihood,
+    "mse": MeanSquaredError,
 }

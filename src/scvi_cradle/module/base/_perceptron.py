@@ -1,0 +1,54 @@
+"""Plain perceptrons of PerturbedVAE, and the decoder made of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from scvi_cradle.module.base._decoder import OutputHead
+
+NEGATIVE_SLOPE = 0.2
+
+
+def perceptron(n_in: int, n_hidden: int, n_layers: int, n_out: int | None = None) -> nn.Sequential:
+    """Return hidden layers with leaky rectifiers of slope 0.2 and, for ``n_out``, a linear layer behind them."""
+    layers: list[nn.Module] = []
+    for i in range(n_layers):
+        layers += [nn.Linear(n_hidden if i else n_in, n_hidden), nn.LeakyReLU(NEGATIVE_SLOPE)]
+    if n_out is not None:
+        layers.append(nn.Linear(n_hidden if n_layers else n_in, n_out))
+    return nn.Sequential(*layers)
+
+
+class PerceptronDecoder(OutputHead):
+    """``output = f([parts, covariates])`` with a perceptron ``f``.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    parts
+        Width of every latent part by name.
+    n_hidden, n_layers
+        Sizes; ``n_layers`` is the number of hidden layers.
+    n_covariates
+        Width of the covariate design.
+    likelihood
+        Name of the observation model.
+    """
+
+    def __init__(
+        self, n_genes: int, parts: dict[str, int], n_hidden: int, n_layers: int, *, n_covariates: int, likelihood: str
+    ) -> None:
+        super().__init__(n_hidden, n_genes, likelihood)
+        self.parts = tuple(parts)
+        self.hidden = perceptron(sum(parts.values()) + n_covariates, n_hidden, n_layers)
+
+    def features_of(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
+        """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_hidden)``."""
+        z = torch.cat([parts[name] for name in self.parts], dim=-1)
+        return self.hidden(torch.cat([z, covariates.expand(*z.shape[:-1], -1)], dim=-1))
+
+    def forward(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
+        """Return the output, shape ``(n_particles, n_cells, n_genes)``."""
+        return self.output(self.features_of(parts, covariates))
