@@ -185,7 +185,10 @@ def test_tables_hold_what_the_papers_hold(finished: tuple[Path, BenchmarkResult,
     bounds = lines["Likelihood and effects (SAMS-VAE, table 1)"]
     assert "iwelbo" in bounds[0]
     assert not any(x.startswith("| Additive") for x in bounds)
-    assert "- SVAEPlus (effects, generated cells, QC pass rates, bound): A model that encodes every combination" in result.text
+    assert (
+        "- SVAEPlus (effects, generated cells, QC pass rates, bound): A model that encodes every combination"
+        in result.text
+    )
 
 
 def test_a_second_run_does_nothing_twice(

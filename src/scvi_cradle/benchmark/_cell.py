@@ -24,7 +24,7 @@ from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
 from scvi_cradle.baselines._base import UnseenCombinationError
-from scvi_cradle.benchmark._cell_scores import generated_scores
+from scvi_cradle.benchmark._cell_scores import effect_score, generated_scores
 from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold
 from scvi_cradle.benchmark._models import REGISTRY, fit, model_settings
 from scvi_cradle.benchmark._screen import Screen, first_line, read_screen
@@ -193,7 +193,8 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
         n_bootstrap=N_BOOTSTRAP,
         seed=cell.seed,
     )
-    return [{"metric": str(metric), **row} for metric, row in table.to_dict(orient="index").items()]
+    rows = [{"metric": str(metric), **row} for metric, row in table.to_dict(orient="index").items()]
+    return [*rows, effect_score(fold.held_out_cells(screen, passed=True), predicted, fold.train)]
 
 
 def _generated(cell: Cell, fold: Fold, screen: Screen, generated: Callable[[], AnnData]) -> Rows:

@@ -16,6 +16,7 @@ from scvi_cradle._constants import COLUMNS
 from scvi_cradle._matrix import log_normalize, to_csr
 
 MAX_CELLS = 100  # of a label, on either side
+OF_EFFECT = "relative_rmse_of_effect"
 #: -1 where less is better
 SIGNS = {
     "published_relative_rmse": -1,
@@ -128,7 +129,9 @@ def generated_scores(
     rng = np.random.default_rng(seed)
 
     def predicted(label: str, n: int) -> dict[str, float]:
-        return label_scores(draw(real, label, rng, n), draw(generated, label, rng, n, on_log=on_log), known["bandwidth"])
+        return label_scores(
+            draw(real, label, rng, n), draw(generated, label, rng, n, on_log=on_log), known["bandwidth"]
+        )
 
     scores = table_of(predicted, labels, known["n_cells"])
     rows = []
@@ -136,16 +139,44 @@ def generated_scores(
         values = scores[name].dropna().to_numpy()
         if not len(values):
             continue
-        mean, n = float(values.mean()), len(values)
-        half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-        base, top = known["baseline"][name], known["ceiling"][name]
-        room = sign * (top - base)
-        numbers = {"value": mean, "ci_low": mean - half, "ci_high": mean + half, "baseline": base, "ceiling": top}
-        numbers["scaled"] = sign * (mean - base) / room if room > 0 else np.nan
-        better = "more" if sign > 0 else "less"
         note = (
-            f"mean over perturbations; half of the held-out cells and as many predicted ones, at most {MAX_CELLS} a "
-            f"side; log2 expression; {better} is better; ceiling: the other half of the held-out cells"
+            f"mean over perturbations; half of the held-out cells and as many predicted ones, at most {MAX_CELLS} a side; "
+            f"log2 expression; {'more' if sign > 0 else 'less'} is better; ceiling: the other half of the held-out cells"
         )
-        rows.append({"metric": name, **numbers, "n_perturbations": n, "note": note})
+        rows.append(_row(name, values, sign, known["baseline"][name], known["ceiling"][name], note))
     return rows
+
+
+def effect_score(real: AnnData, effects: AnnData, train: AnnData) -> dict[str, Any]:
+    """Return a row of a report: measured cells against the mean of training controls plus the predicted effect.
+
+    Nothing is drawn, so that methods that generate cells and methods that generate means are treated alike.
+
+    Parameters
+    ----------
+    real
+        Held-out cells that passed.
+    effects
+        Predicted effects of their labels.
+    train
+        Measured effects of training cells; ``var["control_mean"]`` is the mean of the controls. Their mean over labels is
+        the effect of the baseline.
+    """
+    control, labels = train.var["control_mean"].to_numpy(), real.obs[COLUMNS.PERTURBATION].astype(str).to_numpy()
+    errors = []
+    for label, effect in zip(effects.obs_names, np.asarray(effects.X), strict=True):
+        cells = log_normalize(to_csr(real.X[np.flatnonzero(labels == label)])).toarray()
+        guesses = (np.broadcast_to(control + e, cells.shape) for e in (effect, np.asarray(train.X).mean(axis=0)))
+        errors.append([metrics.relative_rmse(cells, guess) for guess in guesses])
+    values, baseline = np.array(errors).T
+    note = "mean over perturbations; all held-out cells; log2 expression; less is better; no ceiling: nothing is drawn"
+    return _row(OF_EFFECT, values, -1, float(baseline.mean()), np.nan, note)
+
+
+def _row(metric: str, values: np.ndarray, sign: int, base: float, top: float, note: str) -> dict[str, Any]:
+    mean, n = float(values.mean()), len(values)
+    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    room = sign * (top - base)
+    numbers = {"value": mean, "ci_low": mean - half, "ci_high": mean + half, "baseline": base, "ceiling": top}
+    numbers["scaled"] = sign * (mean - base) / room if room > 0 else np.nan
+    return {"metric": metric, **numbers, "n_perturbations": n, "note": note}

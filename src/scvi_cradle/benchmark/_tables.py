@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from scvi_cradle.benchmark._cell import REPORT_COLUMNS, rows_of
-from scvi_cradle.benchmark._cell_scores import SIGNS
+from scvi_cradle.benchmark._cell_scores import OF_EFFECT, SIGNS
 from scvi_cradle.benchmark._models import REGISTRY
 from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
 
@@ -23,14 +23,14 @@ COLUMNS = ("experiment", "split", "fraction", "threshold", "model", "seed", "met
 KEYS = ["experiment", "split", "fraction", "threshold", "model", "metric"]
 HEADLINES = ("ate_pearson", "ate_r2", "jaccard_top_50", "qc_pass_rate")
 DOUBLES = (
-    *("published_relative_rmse", "published_r2_of_means", "relative_rmse", "relative_rmse_of_mean", "r2_of_means"),
-    *("pearson_delta", "pearson_delta_perturbed_mean"),
+    *("published_relative_rmse", "published_r2_of_means", "relative_rmse", "relative_rmse_of_mean", OF_EFFECT),
+    *("r2_of_means", "pearson_delta", "pearson_delta_perturbed_mean"),
 )
 DOUBLES_NOTE = (
     "`published_*`: the paper's protocol (cells in arbitrary pairs, batches of 32; R2 with sides swapped and clipped at 0). "
     "Both RMSE of cells count the spread of generated cells as an error: a method that generates means has less than one "
-    "that generates cells, were its cells those of the truth. `relative_rmse_of_mean` takes the mean of either and is the "
-    "one to compare methods by."
+    "that generates cells, even cells of the truth. `relative_rmse_of_mean` takes the mean of the generated cells, whose "
+    f"noise with n of them costs 1/(2n) of the value; `{OF_EFFECT}` has none: mean of training controls plus predicted effect."
 )
 OVER_FRACTIONS = (
     *("ate_pearson", "pearson_delta", "pearson_delta_perturbed_mean", "perturbation_discrimination"),
@@ -139,7 +139,7 @@ def _by_threshold(summary: pd.DataFrame) -> list[str]:
     of_report = [m for m in metrics if summary.loc[summary["metric"] == m, "n_perturbations"].notna().any()]
     top = [m for m in of_report if "top_20" in m]
     rates = [m for m in metrics if m.startswith("qc_pass_rate") and not m.endswith("_mads")]
-    cells = [m for m in of_report if m in SIGNS]
+    cells = [m for m in of_report if m in SIGNS or m == OF_EFFECT]
     effects = [*(m for m in of_report if m not in {*top, *cells}), *(m for m in rates if m == "qc_pass_rate")]
     bounds = [m for m in ("iwelbo", RELATIVE, "ate_pearson", "pearson_delta") if m in metrics]
     lead = DOUBLES if summary["experiment"].iloc[0] == "doubles" else ()
