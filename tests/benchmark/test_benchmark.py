@@ -185,7 +185,10 @@ def test_tables_hold_what_the_papers_hold(finished: tuple[Path, BenchmarkResult,
     bounds = lines["Likelihood and effects (SAMS-VAE, table 1)"]
     assert "iwelbo" in bounds[0]
     assert not any(x.startswith("| Additive") for x in bounds)
-    assert "- SVAEPlus (effects, generated cells, bound): A model that encodes every combination" in result.text
+    assert (
+        "- SVAEPlus (effects, generated cells, QC pass rates, bound): A model that encodes every combination"
+        in result.text
+    )
 
 
 def test_a_second_run_does_nothing_twice(
@@ -303,7 +306,7 @@ def test_what_is_beyond_a_method_is_no_error(settings: BenchmarkSettings) -> Non
     cell = Cell("effects", None, 4.0, "Additive", 0)
     scored = _cell.score(settings, cell, _fold_of(settings), refuse(UnseenCombinationError))
     sentence = "An unseen combination is beyond it"
-    assert scored["without"] == {"effects": sentence, "generated cells": sentence}
+    assert scored["without"] == dict.fromkeys(("effects", "generated cells", "QC pass rates"), sentence)
     model = cell._replace(model="SVAEPlus")
     assert _cell.score(settings, model, _fold_of(settings), refuse(NotImplementedError))["without"] == scored["without"]
     for asked in (cell, model):  # any other error is one

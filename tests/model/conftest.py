@@ -73,6 +73,7 @@ MODELS = [
     Case(ConditionalVAE, ("latent",), latent_effects=False),
     Case(SVAEPlus, ("latent",), combines=False),
     Case(SVAEPlus, ("latent",), {"variant": "lopez"}, combines=False),
+    Case(SVAEPlus, ("latent",), {"encode_combinations": "additive"}),
     Case(
         PerturbedVAE,
         ("invariant", "responsive"),

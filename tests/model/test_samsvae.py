@@ -166,7 +166,7 @@ def test_a_preset_can_be_copied_and_changed(shared_screen, model, preset):
         (SVAEPlus, {"variant": "lopes"}, ValueError, "did you mean 'lopez'"),
         (SVAEPlus, {"likelihood": "gaussian"}, ValueError, "`likelihood` must be one of"),
         (SVAEPlus, {"mask_beta": (1.0, -2.0)}, ValueError, "two positive numbers"),
-        (SVAEPlus, {"encode_combinations": "additive"}, TypeError, "encode_combinations"),
+        (SVAEPlus, {"encode_combinations": "addive"}, ValueError, "did you mean 'additive'"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else getattr(v, "__name__", ""),
 )
@@ -231,7 +231,7 @@ def test_unique_combinations_are_treatments_of_their_own(shared_screen, with_see
             call()
 
 
-@pytest.mark.parametrize("model", [SAMSVAE, CPAVAE])
+@pytest.mark.parametrize("model", [SAMSVAE, CPAVAE, SVAEPlus])
 def test_without_combinations_unique_is_additive(shared_screen, with_seed, model):
     single = shared_screen[~shared_screen.obs["perturbation"].astype(str).str.contains("+", regex=False)].copy()
     weights = []

@@ -94,6 +94,25 @@ def test_effects_are_those_of_the_simulation(model, simulated):
     assert np.corrcoef(effects.X.ravel(), wanted.ravel())[0, 1] > 0.88
 
 
+def test_additive_combinations_have_the_sum_of_the_masked_shifts_as_mean(shared_screen, with_seed):
+    model, n = fit(shared_screen.copy(), with_seed, 60, encode_combinations="additive"), 20_000
+    logits = model.module.effects.mask.logits
+    with torch.no_grad():  # large shifts, open and closed masks
+        logits.copy_(torch.where(torch.arange(8) % 3 == 0, -2.0, torch.linspace(0, 3, 8)).expand(4, -1))
+        model.module.effects.embedding.loc.mul_(20)
+    effects = model.get_perturbation_effects()
+    assert list(effects.obs_names) == ["G01", "G02", "G03", "G04"]
+    single = effects.to_df()
+    spread = effects.layers["mask_prob"] * (1 - effects.layers["mask_prob"]) * effects.layers["embedding_mean"] ** 2
+    for first, second in (("G01", "G03"), ("G02", "G04")):  # neither has training cells
+        z = latent_of_new_cells(model, f"{first}+{second}", n)
+        variance = 1 + spread[[int(first[1:]) - 1, int(second[1:]) - 1]].sum(0)
+        error = np.sqrt(variance / n)
+        assert (np.abs(z.mean(0) - single.loc[first] - single.loc[second]) < 4.5 * error).all()
+        np.testing.assert_allclose(z.var(0), variance, rtol=0.06)
+    assert single.abs().max(axis=1).min() > 0.5
+
+
 # ---- transfer ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +203,20 @@ def test_transfer_without_epochs_leaves_the_networks(simulated, held_out, with_s
         model.get_generated_expression(held_out[1:])
     with pytest.raises(ValueError, match="of seen ones only"):
         model.transfer_to_unseen(indices=[0, 1], max_epochs=0)
+
+
+def test_an_additive_transfer_learns_from_cells_of_a_single_treatment(shared_screen, with_seed):
+    adata = shared_screen.copy()
+    labels = adata.obs["perturbation"].astype(str)
+    adata.obs["split"] = np.where(labels.str.contains("G04"), "test", "train")
+    model = fit(adata, with_seed, 3, encode_combinations="additive")
+    with pytest.raises(ValueError, match="of seen ones and of combinations only"):
+        model.transfer_to_unseen(indices=np.flatnonzero(labels == "G02+G04"), max_epochs=0)
+    assert model.transfer_to_unseen(max_epochs=0) == ["G04"]
+    z = model.get_latent_representation(indices=np.flatnonzero(labels == "G04"))
+    np.testing.assert_allclose(model.get_perturbation_effects().to_df().loc["G04"], z.mean(0), rtol=1e-4, atol=1e-5)
+    assert model.label_counts_["G04"] == (labels == "G04").sum()
+    assert set(model.get_generated_expression("G01+G04", n_samples=2, seed=0).obs["seen"]) == {"unseen combination"}
 
 
 def test_a_transfer_that_fails_leaves_the_model_as_it_was(simulated, with_seed):

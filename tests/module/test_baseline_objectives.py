@@ -10,9 +10,10 @@ from scipy import special, stats
 from scvi_cradle.module import ConditionalVAEModule, SVAEPlusModule
 
 N_GENES, N_LATENT, N_PARTICLES, N_TRAIN = 7, 3, 2, 40.0
-MEMBERS = np.array([[-1, -1], [0, -1], [1, -1], [2, -1]])  # control and three interventions
-LABEL = np.array([0, 1, 1, 2, 3, 0, 3])
-BATCH = np.array([0, 1, 2, 0, 1, 2, 2])
+MEMBERS = np.array([[-1, -1], [0, -1], [1, -1], [2, -1], [0, 2]])  # control, three interventions and a pair of them
+TREATMENTS = [[t for t in row if t >= 0] for row in MEMBERS]
+LABEL = np.array([0, 1, 4, 1, 2, 3, 0, 4, 3])
+BATCH = np.array([0, 1, 1, 2, 0, 1, 2, 0, 2])
 COUNTS_OF = np.array([7.0, 11.0, 4.0])  # training cells of each intervention
 BETA = (1.0, 5.0)
 SIZES = {"n_latent": N_LATENT, "n_hidden": 5, "n_layers_encoder": 2, "n_layers_decoder": 2, "n_particles": N_PARTICLES}
@@ -64,13 +65,16 @@ class Equations:
         self.covariates = np.column_stack([np.eye(3)[BATCH], tensors["extra_continuous_covs"].numpy()])
 
     def prior_mean(self, p, i):
-        """``m * mu`` of the cell's intervention; the conditional VAE has none, controls have zero."""
-        if "draws" not in self.s or LABEL[i] == 0:
-            return np.zeros(N_LATENT)
-        treatment = LABEL[i] - 1
-        row = (LABEL[:i] > 0).sum() if self.s["draws"] == "cell" else treatment
-        logit, uniform = self.nets.w["effects.mask.logits"][treatment], self.noise[0][p, row]
-        return (logit + special.logit(uniform) > 0) * self.nets.w["effects.embedding.loc"][treatment]
+        """``m * mu``, summed over the cell's interventions; the conditional VAE has none, controls have zero."""
+        mean = np.zeros(N_LATENT)
+        if "draws" not in self.s:
+            return mean
+        before = sum(len(TREATMENTS[label]) for label in LABEL[:i])
+        for slot, treatment in enumerate(TREATMENTS[LABEL[i]]):
+            row = before + slot if self.s["draws"] == "cell" else treatment
+            logit, uniform = self.nets.w["effects.mask.logits"][treatment], self.noise[0][p, row]
+            mean = mean + (logit + special.logit(uniform) > 0) * self.nets.w["effects.embedding.loc"][treatment]
+        return mean
 
     def share(self, i):
         """Share of ``-log Beta(p; 1, K)``, whatever was drawn: ``q(m) = p(m | p)``."""
@@ -79,11 +83,11 @@ class Equations:
         penalty = -stats.beta.logpdf(special.expit(self.nets.w["effects.mask.logits"]), *BETA).sum(1)
         if self.s["variant"] == "lopez":
             return penalty.sum() / N_TRAIN
-        return penalty[LABEL[i] - 1] / COUNTS_OF[LABEL[i] - 1] if LABEL[i] else 0.0
+        return sum(penalty[t] / COUNTS_OF[t] for t in TREATMENTS[LABEL[i]])
 
     def cell(self, p, i):
         """``log p(x)``, divergence of ``z``, its value at the draw, share of the global terms."""
-        dosage = {} if "draws" in self.s else {"dosage": np.eye(4)[LABEL[i], 1:]}
+        dosage = {} if "draws" in self.s else {"dosage": np.isin(range(3), TREATMENTS[LABEL[i]]).astype(float)}
         prior_mean = self.prior_mean(p, i)
         mean, std = self.nets.encode(self.x[i], dosage)
         z = mean + std * self.noise[-1][p, i]

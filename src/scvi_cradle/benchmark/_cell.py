@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
 from scvi import settings as scvi_settings
 from threadpoolctl import threadpool_limits
 
@@ -23,7 +24,7 @@ from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
 from scvi_cradle.baselines._base import UnseenCombinationError
-from scvi_cradle.benchmark._cell_scores import generated_scores
+from scvi_cradle.benchmark._cell_scores import effect_score, generated_scores
 from scvi_cradle.benchmark._folds import Fold, call_doublets, make_fold
 from scvi_cradle.benchmark._models import REGISTRY, fit, model_settings
 from scvi_cradle.benchmark._screen import Screen, first_line, read_screen
@@ -34,6 +35,7 @@ N_PARTICLES = {"recommended": 1_000, "paper": 2_500}
 N_IWELBO, N_SCORED = 100, 1_500
 N_GENERATED = 100
 N_BOOTSTRAP = 200
+NO_COUNTS = "It generates log-normalised values, and this is asked of counts"
 REPORT_COLUMNS = (
     *("value", "ci_low", "ci_high", "baseline", "ceiling", "scaled", "scaled_low", "scaled_high"),
     *("n_perturbations", "note"),
@@ -144,9 +146,15 @@ def score(settings: BenchmarkSettings, cell: Cell, fold: Fold, fitted: Any) -> d
     answer to, with the reason.
     """
     screen = load_screen(settings)
+
+    @cache
+    def generated() -> AnnData:
+        return _ask(fitted.get_generated_expression, fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
+
     parts: dict[str, Callable[[], Rows]] = {
         "effects": lambda: _effects(settings, cell, fold, screen, fitted),
-        "generated cells": lambda: _generated(cell, fold, screen, fitted),
+        "generated cells": lambda: _generated(cell, fold, screen, generated),
+        "QC pass rates": lambda: _pass_rates(cell, fold, screen, generated),
         "bound": lambda: _bound(cell, fold, screen, fitted),
         "training": lambda: _training(fitted),
     }
@@ -185,16 +193,27 @@ def _effects(settings: BenchmarkSettings, cell: Cell, fold: Fold, screen: Screen
         n_bootstrap=N_BOOTSTRAP,
         seed=cell.seed,
     )
-    return [{"metric": str(metric), **row} for metric, row in table.to_dict(orient="index").items()]
+    rows = [{"metric": str(metric), **row} for metric, row in table.to_dict(orient="index").items()]
+    return [*rows, effect_score(fold.held_out_cells(screen, passed=True), predicted, fold.train)]
 
 
-def _generated(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
-    generated = _ask(fitted.get_generated_expression, fold.held_out, n_samples=N_GENERATED, seed=cell.seed)
-    measured = fold.held_out_cells(screen, passed=False)
-    passed = fold.held_out_cells(screen, passed=True)
-    rows: Rows = generated_scores(passed, generated, fold.held_out, fold.generated, cell.seed)
+def _generated(cell: Cell, fold: Fold, screen: Screen, generated: Callable[[], AnnData]) -> Rows:
+    passed, on_log = fold.held_out_cells(screen, passed=True), not _has_counts(cell)
+    return generated_scores(passed, generated(), fold.held_out, fold.generated, cell.seed, on_log=on_log)
+
+
+def _has_counts(cell: Cell) -> bool:
+    return REGISTRY[cell.model].expression == "counts"
+
+
+def _pass_rates(cell: Cell, fold: Fold, screen: Screen, generated: Callable[[], AnnData]) -> Rows:
+    if not fold.records:
+        return []
+    if not _has_counts(cell):
+        raise NoAnswer(NO_COUNTS)
+    measured, rows = fold.held_out_cells(screen, passed=False), []
     for width, record in fold.records.items():
-        table = metrics.qc_pass_rate(measured, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
+        table = metrics.qc_pass_rate(measured, generated(), thresholds=record, artifact_key=COLUMNS.ARTIFACT)
         every = table.loc["all"]
         if width != "own":
             rows.append(_row(f"qc_pass_rate_{width}_mads", every["generated"], baseline=every["real"]))
@@ -211,6 +230,8 @@ def _generated(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
 def _bound(cell: Cell, fold: Fold, screen: Screen, fitted: Any) -> Rows:
     if not hasattr(fitted, "get_iwelbo"):
         return []
+    if not _has_counts(cell):
+        raise NoAnswer(NO_COUNTS)
     cells = fold.held_out_cells(screen, passed=True)
     chosen = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[:N_SCORED])
     scvi_settings.seed = cell.seed

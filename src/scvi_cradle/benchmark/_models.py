@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from anndata import AnnData
 
 from scvi_cradle import baselines, model, presets
 from scvi_cradle._constants import COLUMNS
+from scvi_cradle._matrix import log_normalize, to_csr
 
 PRESETS = ("recommended", "paper", *presets.DATA_SETS)
 FLAG, PASSED, FAILED = "quality", "passed", "failed"  # a categorical column, for models that take it as a covariate
 SPLIT = "split"
+LOG_LAYER = "log"
+FAMILIES = {"CradleVAE": "CradleVAE", "PerturbedVAE": "PerturbedVAE"}  # whose published settings; others: SAMSVAE
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Row:
         ``"passed"``: it is trained on cells that passed; ``"covariate"``: the flag is a covariate, off in predictions.
     settings
         Arguments of the constructor.
+    expression
+        What it is trained on and generates: ``"counts"``, or ``"log"``: ``log2(1 + 1e4 x / total)``, so that its effects
+        are differences of means.
     """
 
     kind: str
     failed: Literal["artifact", "all", "passed", "covariate"]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    expression: Literal["counts", "log"] = "counts"
 
     @property
     def is_baseline(self) -> bool:
@@ -60,6 +68,7 @@ MODELS: dict[str, Row] = {
     "ConditionalVAE": Row("ConditionalVAE", "all"),
     "SVAEPlus": Row("SVAEPlus", "all"),
     "SVAEPlus (lopez)": Row("SVAEPlus", "all", {"variant": "lopez"}),
+    "SVAEPlus (additive)": Row("SVAEPlus", "all", {"encode_combinations": "additive"}),
 }
 BASELINES: dict[str, Row] = {name: Row(name, "passed") for name in baselines.__all__}
 REGISTRY: dict[str, Row] = MODELS | BASELINES
@@ -81,8 +90,7 @@ def model_settings(row: Row, preset: str, max_steps: int | None) -> tuple[dict[s
         return dict(row.settings), {}
     published: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
     if preset in presets.DATA_SETS:
-        family = "CradleVAE" if row.kind == "CradleVAE" else "SAMSVAE"
-        published = presets.DATA_SETS[preset][family]
+        published = presets.DATA_SETS[preset].get(FAMILIES.get(row.kind, "SAMSVAE"), published)
     base = "paper" if preset in presets.DATA_SETS else preset
     known = presets.MODELS[row.kind][base][0]
     architecture = {name: value for name, value in published[0].items() if name in known}
@@ -133,6 +141,9 @@ def fit(row: Row, cells: AnnData, settings: tuple[dict[str, Any], dict[str, Any]
     if row.failed == "covariate":
         extra["categorical_covariate_keys"] = [FLAG]
     cells = cells.copy()
+    if row.expression == "log":
+        cells.layers[LOG_LAYER] = log_normalize(to_csr(cells.X)).astype(np.float32)
+        extra["layer"] = LOG_LAYER
     cls = getattr(model, row.kind)
     cls.setup_anndata(cells, perturbation_key=reading["perturbation_key"], **labels, **extra)
     fitted = cls(cells, **architecture)

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from scvi_cradle.benchmark._cell import REPORT_COLUMNS, rows_of
-from scvi_cradle.benchmark._cell_scores import SIGNS
+from scvi_cradle.benchmark._cell_scores import OF_EFFECT, SIGNS
 from scvi_cradle.benchmark._models import REGISTRY
 from scvi_cradle.benchmark._settings import EXPERIMENTS, WITH_FRACTIONS, BenchmarkSettings, Cell
 
@@ -22,6 +22,16 @@ ANCHOR = "SAMSVAE"
 COLUMNS = ("experiment", "split", "fraction", "threshold", "model", "seed", "metric", *REPORT_COLUMNS)
 KEYS = ["experiment", "split", "fraction", "threshold", "model", "metric"]
 HEADLINES = ("ate_pearson", "ate_r2", "jaccard_top_50", "qc_pass_rate")
+DOUBLES = (
+    *("published_relative_rmse", "published_r2_of_means", "relative_rmse", "relative_rmse_of_mean", OF_EFFECT),
+    *("r2_of_means", "pearson_delta", "pearson_delta_perturbed_mean"),
+)
+DOUBLES_NOTE = (
+    "`published_*`: the paper's protocol (cells in arbitrary pairs, batches of 32; R2 with sides swapped and clipped at 0). "
+    "Both RMSE of cells count the spread of generated cells as an error: a method that generates means has less than one "
+    "that generates cells, even cells of the truth. `relative_rmse_of_mean` takes the mean of the generated cells, whose "
+    f"noise with n of them costs 1/(2n) of the value; `{OF_EFFECT}` has none: mean of training controls plus predicted effect."
+)
 OVER_FRACTIONS = (
     *("ate_pearson", "pearson_delta", "pearson_delta_perturbed_mean", "perturbation_discrimination"),
     *("iwelbo", RELATIVE),
@@ -129,12 +139,17 @@ def _by_threshold(summary: pd.DataFrame) -> list[str]:
     of_report = [m for m in metrics if summary.loc[summary["metric"] == m, "n_perturbations"].notna().any()]
     top = [m for m in of_report if "top_20" in m]
     rates = [m for m in metrics if m.startswith("qc_pass_rate") and not m.endswith("_mads")]
-    cells = [m for m in of_report if m in SIGNS]
+    cells = [m for m in of_report if m in SIGNS or m == OF_EFFECT]
     effects = [*(m for m in of_report if m not in {*top, *cells}), *(m for m in rates if m == "qc_pass_rate")]
     bounds = [m for m in ("iwelbo", RELATIVE, "ate_pearson", "pearson_delta") if m in metrics]
+    lead = DOUBLES if summary["experiment"].iloc[0] == "doubles" else ()
+    cells = [m for m in cells if m not in lead]
     rest = [m for m in metrics if m not in {*of_report, *rates, "iwelbo", RELATIVE} and not m.endswith("_mads")]
     for threshold, part in summary.groupby("threshold", sort=False, dropna=False):
         lines += ["", f"## {_threshold(threshold)}"]
+        if lead:
+            table = _pivot(part, "model", lead, (BASELINE, CEILING), decimals=3)
+            lines += [*_section("All combinations held out (PerturbedVAE, tables 2 to 4)", table), "", DOUBLES_NOTE]
         for title, chosen, references in (
             ("Effects of held-out perturbations (CRADLE-VAE, table 2)", effects, (BASELINE, CEILING)),
             ("The same, 20 genes (CRADLE-VAE, table 4)", top, (BASELINE, CEILING)),
@@ -185,13 +200,17 @@ def _threshold(threshold: Any) -> str:
 
 
 def _pivot(
-    summary: pd.DataFrame, rows: str, columns: Sequence[str], references: tuple[str, str] | None
+    summary: pd.DataFrame,
+    rows: str,
+    columns: Sequence[str],
+    references: tuple[str, str] | None,
+    decimals: int = 2,
 ) -> pd.DataFrame:
     """Return texts such as ``0.52 [0.48, 0.56]``, methods x metrics, and the references' rows below."""
     chosen = summary[summary["metric"].isin(columns)]
     if chosen.empty:
         return pd.DataFrame()
-    digits = {metric: _digits(values) for metric, values in chosen.groupby("metric")["mean"]}
+    digits = {metric: _digits(values, decimals) for metric, values in chosen.groupby("metric")["mean"]}
     texts = [_text(row.mean, row.ci_low, row.ci_high, digits[row.metric]) for row in chosen.itertuples()]
     table = chosen.assign(text=texts).pivot(index=rows, columns="metric", values="text")
     table = table.loc[list(dict.fromkeys(chosen[rows])), [c for c in columns if c in table.columns]].fillna("-")
@@ -203,12 +222,12 @@ def _pivot(
     return table
 
 
-def _digits(values: pd.Series) -> int:
-    """Return decimals that show at least two digits of the largest value."""
+def _digits(values: pd.Series, least: int) -> int:
+    """Return decimals, ``least`` or as many as show two digits of the largest value."""
     largest = float(values.abs().max())
     if largest >= 100 or not largest > 0:
-        return 1 if largest else 2
-    return max(2, 1 - math.floor(math.log10(largest)))
+        return 1 if largest else least
+    return max(least, 1 - math.floor(math.log10(largest)))
 
 
 def _text(mean: float, low: float, high: float, digits: int) -> str:
@@ -233,13 +252,13 @@ def markdown(table: pd.DataFrame, text: Callable[[Any], str] = str) -> str:
 def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
     """Return what is missing from the tables, and why, each reason once."""
     failed: dict[str, list[Cell]] = {}
-    without: dict[str, dict[str, str]] = {}
+    without: dict[tuple[str, str], dict[str, None]] = {}
     notes: dict[str, None] = {}
     for cell, content in results.items():
         if content["error"] is not None:
             failed.setdefault(content["error"], []).append(cell)
-        if content.get("without"):
-            without.setdefault(cell.model, {}).update(content["without"])
+        for part, reason in content.get("without", {}).items():
+            without.setdefault((cell.model, reason), {})[part] = None
         notes |= dict.fromkeys(content["notes"])
     lines: list[str] = []
     for title, entries in (
@@ -247,7 +266,7 @@ def _remarks(results: Mapping[Cell, dict[str, Any]]) -> list[str]:
             "Failed",
             [f"{len(cells)} cells ({_models(c.model for c in cells)}): {error}" for error, cells in failed.items()],
         ),
-        ("No answer", [f"{m} ({', '.join(parts)}): {next(iter(parts.values()))}." for m, parts in without.items()]),
+        ("No answer", [f"{model} ({', '.join(parts)}): {reason}." for (model, reason), parts in without.items()]),
         ("Notes", list(notes)),
     ):
         if entries:

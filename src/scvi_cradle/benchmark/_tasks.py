@@ -69,7 +69,11 @@ def places(settings: BenchmarkSettings, out: Path) -> dict[Cell, Place]:
         of_fold = fingerprint(common | {"cell": cell._replace(model="")._asdict()})
         model = REGISTRY[cell.model]
         arguments = resolved_settings(model, settings.preset, settings.max_steps)
-        whole: dict[str, Any] = {"fold": of_fold, "model": [model.kind, model.failed, arguments], "name": cell.model}
+        whole: dict[str, Any] = {
+            "fold": of_fold,
+            "model": [model.kind, model.failed, model.expression, arguments],
+            "name": cell.model,
+        }
         whole |= {"preset": settings.preset, "constants": scored}
         doublets = None if cell.threshold is None else out / FOLDS / f"doublets-{fingerprint(common)}.json"
         name = "-".join([_slug(cell), fingerprint(whole)])

@@ -144,7 +144,7 @@ class LabelledModel(BaseModelClass):
         for label in labels:
             untrained = [treatments[t] for t in members[label] if n_obs[t] == 0]
             if untrained and self._unique and len(self._rule.treatments(label)) > 1:
-                msg = f"A model that encodes every combination as a treatment of its own cannot predict {label!r}, which has no training cells: use a model with additive treatments (SAMSVAE, CPAVAE){', or `transfer_to_unseen` with cells of it' if hasattr(self, 'transfer_to_unseen') else ''}."
+                msg = f"A model that encodes every combination as a treatment of its own cannot predict {label!r}, which has no training cells: use `encode_combinations='additive'`{', or `transfer_to_unseen` with cells of it' if hasattr(self, 'transfer_to_unseen') else ''}."
                 raise NotImplementedError(msg)
             if untrained:
                 msg = f"Every treatment must have training cells; received {label!r}, and {preview(untrained)} has none in the training split."
@@ -159,7 +159,7 @@ class LabelledModel(BaseModelClass):
         parts = {p for label in known for p in self._rule.treatments(label)}
         for label in labels:
             if label not in known and set(self._rule.treatments(label)) <= parts:
-                msg = f"A model that encodes every combination as a treatment of its own cannot predict the unseen combination {label!r}: use a model with additive treatments (`encode_combinations='additive'` of SAMSVAE or CPAVAE)."
+                msg = f"A model that encodes every combination as a treatment of its own cannot predict the unseen combination {label!r}: use `encode_combinations='additive'`."
                 raise NotImplementedError(msg)
 
     def _trained_counts(self) -> dict[str, int]:

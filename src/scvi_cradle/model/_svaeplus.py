@@ -20,8 +20,9 @@ MODEL_ONLY = ("mask_init_logits", "output_bias", "encode_combinations")
 class SVAEPlus(SetupMixin, TransferMixin, TrainingMixin, EffectsMixin):
     """sVAE+: interventions shift the mean of sparse latent dimensions (Lopez et al. 2023).
 
-    Every combination is an intervention of its own: a combination without cells cannot be predicted. Arguments that are
-    not given take the value of the preset; the value in brackets is that of the recommended settings.
+    As published, every combination is an intervention of its own: one without cells cannot be predicted, unless
+    ``encode_combinations="additive"`` adds up the shifts of its treatments. Arguments that are not given take the value of
+    the preset; the value in brackets is that of the recommended settings.
 
     Parameters
     ----------
@@ -50,13 +51,16 @@ class SVAEPlus(SetupMixin, TransferMixin, TrainingMixin, EffectsMixin):
         One mask per ``"cell"`` (recommended) or per ``"batch"``, and the particles [1].
     kl
         ``"analytic"`` (recommended) or ``"sampled"`` divergence of the latent state.
+    encode_combinations
+        ``"unique"`` (recommended): a combination has a mask and a shift of its own; ``"additive"``: the mean of its latent
+        state is the sum of the masked shifts of its treatments, so that unseen combinations can be predicted.
     output_bias
         Start the output bias at the ``"data"``'s log mean gene shares (recommended) or at ``"random"``.
 
     Raises
     ------
     ValueError
-        For an argument that cannot be, and for dosages instead of labels.
+        For an argument that cannot be, and for dosages instead of labels unless combinations are additive.
 
     Examples
     --------
@@ -88,6 +92,7 @@ class SVAEPlus(SetupMixin, TransferMixin, TrainingMixin, EffectsMixin):
         draws: str | None = None,
         n_particles: int | None = None,
         kl: str | None = None,
+        encode_combinations: str | None = None,
         output_bias: str | None = None,
     ) -> None:
         given = dict(locals())

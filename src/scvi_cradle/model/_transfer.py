@@ -33,8 +33,8 @@ class TransferMixin(TrainingMixin):
 
         Masks of seen interventions are rounded to 0 or 1 and fixed, networks and shifts trained on without the penalty
         on masks, and then the shifts of unseen interventions, with open masks, are fitted to their cells. Given the
-        networks this optimum is known: the mean of ``q(z | x)`` over the cells of the intervention. Masks stay fixed from
-        then on, also in a later :meth:`train`.
+        networks this optimum is known: the mean of ``q(z | x)`` over the cells of the intervention (where combinations are
+        additive, over its cells without other treatments). Masks stay fixed from then on, also in a later :meth:`train`.
 
         Parameters
         ----------
@@ -62,11 +62,12 @@ class TransferMixin(TrainingMixin):
         positions = self._held_out() if adata is None and indices is None else check_indices(indices, data)
         codes = np.asarray(self.get_anndata_manager(data, required=True).get_from_registry(KEYS.PERTURBATION))
         self._make_data_loader(data, indices=positions)  # sets the treatments of the data's label codes
-        treatment = self.module.label_members.cpu().numpy()[codes.ravel()[positions].astype(int), 0]
+        members = self.module.label_members.cpu().numpy()[codes.ravel()[positions].astype(int)]
+        treatment = np.where((members >= 0).sum(axis=1) == 1, members[:, 0], -1)  # of cells with one treatment
         n_obs = self.module.n_obs_per_treatment.cpu().numpy()
         unseen = np.unique(treatment[(treatment >= 0) & (n_obs[treatment] == 0)])
         if not len(unseen):
-            msg = f"`transfer_to_unseen` needs cells of interventions without training cells; received {len(positions)} cells of seen ones only: hold interventions out with `split_key`."
+            msg = f"`transfer_to_unseen` needs cells of interventions without training cells; received {len(positions)} cells of seen ones{'' if self._unique else ' and of combinations'} only: hold interventions out with `split_key`."
             raise ValueError(msg)
         before = deepcopy(self.module.state_dict())
         self._fix_masks(unseen)

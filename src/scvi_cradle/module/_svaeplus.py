@@ -31,10 +31,11 @@ class SVAEPlusModule(PerturbationModule):
 
     .. math::
         p_{td} \sim \mathrm{Beta}(1, K),\quad m_{td} \sim \mathrm{Bern}(p_{td}),\quad
-        z_i \sim N(m_{t(i)} \circ \mu_{t(i)}, I),\quad x_i \sim p(x \mid f(z_i))
+        z_i \sim N\Big(\sum_t d_{it}\, m_t \circ \mu_t, I\Big),\quad x_i \sim p(x \mid f(z_i))
 
-    A cell has one intervention: a combination is an intervention of its own, and controls have mean zero. ``mu`` are
-    parameters, ``q(p)`` is a point, ``q(z | x)`` does not see the intervention.
+    In the papers a cell has one intervention, and a combination is one of its own; given several treatments, the module
+    adds their masked shifts. Controls have mean zero. ``mu`` are parameters, ``q(p)`` is a point, ``q(z | x)`` does not see
+    the intervention.
 
     Parameters
     ----------
@@ -153,7 +154,7 @@ class SVAEPlusModule(PerturbationModule):
     # ---- new cells, other interventions -----------------------------------------------------------------------------
 
     def prior(self, pairs: Pairs, noise: Tensor, *, generator: Generator | None = None) -> dict[str, Tensor]:
-        """Return the latent state of new cells: mask times mean, plus ``noise``."""
+        """Return the latent state of new cells: mask times mean, summed over treatments, plus ``noise``."""
         draw = self.effects.draw(pairs, 1, per_cell=True, generator=generator)
         return {"basal": draw.to_cells(draw.rows, pairs) + noise}
 
