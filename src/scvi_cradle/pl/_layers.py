@@ -113,9 +113,10 @@ def _settled(rows: list[list[Hashable]], chains: list[list[Hashable]]) -> dict[H
         for upper, lower in pairwise(chain):
             above[lower].append(upper)
             below[upper].append(lower)
+    width = max(sum(_width(item) for item in row) for row in rows)
     x: dict[Hashable, float] = {}
     for row in rows:
-        x.update(_placed(row, np.zeros(len(row))))
+        x.update(_placed(row, np.zeros(len(row)), width))
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
         near = above if down else below
@@ -123,19 +124,23 @@ def _settled(rows: list[list[Hashable]], chains: list[list[Hashable]]) -> dict[H
             wanted = np.array([np.mean([x[other] for other in near[item]]) if near[item] else x[item] for item in row])
             order = np.argsort(wanted, kind="stable")
             row[:] = [row[i] for i in order]
-            x.update(_placed(row, wanted[order]))
-    linked = [x[item] for row in rows for item in row if above[item] or below[item]] or [0.0]
-    for row in rows:
-        if not any(above[item] or below[item] for item in row):
-            x.update(_placed(row, np.full(len(row), (min(linked) + max(linked)) / 2)))
+            x.update(_placed(row, wanted[order], width))
     return x
 
 
-def _placed(row: list[Hashable], wanted: np.ndarray) -> dict[Hashable, float]:
-    """Return the places nearest to the wanted ones, by least squares, at which the items of a row do not overlap."""
-    half = np.array([(LANE if isinstance(item, Lane) else BOX + GAP[0]) / 2 for item in row])
-    offsets = np.concatenate([[0.0], np.cumsum(half[:-1] + half[1:])])
-    places = isotonic_regression(wanted - offsets).x + offsets
+def _width(item: Hashable) -> float:
+    return LANE if isinstance(item, Lane) else BOX + GAP[0]
+
+
+def _placed(row: list[Hashable], wanted: np.ndarray, width: float) -> dict[Hashable, float]:
+    """Return the places nearest to the wanted ones, by least squares, where the items of a row do not overlap.
+
+    Places are centres, within ``width`` about 0.
+    """
+    half = np.array([_width(item) / 2 for item in row])
+    offsets = half[0] + np.concatenate([[0.0], np.cumsum(half[:-1] + half[1:])])  # in a row packed from 0
+    spare = width - 2 * half.sum()
+    places = isotonic_regression(wanted - offsets).x.clip(-width / 2, spare - width / 2) + offsets
     return dict(zip(row, places.tolist(), strict=True))
 
 
