@@ -1,5 +1,7 @@
 """The simulated screen: its truth is consistent with its counts."""
 
+import hashlib
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -203,6 +205,40 @@ def test_interactions_touch_their_fraction_of_the_changed_genes(fraction):
         assert differs.sum() == round(fraction * candidates.sum())
 
 
+@pytest.mark.parametrize(("fraction", "n_additive"), [(0.0, 0), (0.25, 2), (0.5, 3), (1.0, 6)])
+def test_additive_combinations_are_known(fraction, n_additive):
+    screen = simulate_perturbseq(300, 80, 4, 6, additive_fraction=fraction)
+    truth = screen.uns["truth"]
+    pairs, interactions = truth["pairs"], truth["interactions"]
+    assert list(pairs.index) == list(interactions.index) == [label for label in truth["effects"].index if "+" in label]
+    assert list(interactions.columns) == list(screen.var_names)
+    assert pairs["additive"].dtype == bool
+    assert pairs["additive"].sum() == n_additive  # 1.5 is rounded to 2
+    assert (interactions[pairs["additive"]] == 0).all(axis=None)
+    assert (pairs["interaction_size"][~pairs["additive"]] > 0.5).all()
+    np.testing.assert_allclose(pairs["interaction_size"], np.sqrt((interactions**2).sum(axis=1)))
+    added = additive_sum(truth["effects"])
+    np.testing.assert_allclose(truth["effects"].loc[pairs.index] - added, interactions, atol=1e-12)
+
+
+def test_additive_combinations_change_no_other_label():
+    few, many = (simulate_perturbseq(300, 80, 4, 6, additive_fraction=f).uns["truth"] for f in (0.2, 0.8))
+    additive = many["pairs"]["additive"]
+    assert (few["pairs"]["additive"] <= additive).all(), "the additive pairs of a smaller share are among them"
+    kept = [label for label in few["effects"].index if not additive.get(label, False)]
+    assert len(kept) == 5
+    pd.testing.assert_frame_equal(few["effects"].loc[kept], many["effects"].loc[kept])
+
+
+def test_tables_of_pairs_without_pairs_or_interactions():
+    none = simulate_perturbseq(**{**SMALL, "n_combinations": 0}, additive_fraction=0.5).uns["truth"]
+    assert none["interactions"].shape == (0, 60)
+    assert none["pairs"].shape == (0, 2)
+    flat = simulate_perturbseq(**SMALL, interaction_fraction=0.0).uns["truth"]["pairs"]
+    assert flat["additive"].all()
+    assert (flat["interaction_size"] == 0).all()
+
+
 def test_effects_are_sparse_shared_and_knock_their_target_down(screen):
     effects = screen.uns["truth"]["effects"]
     singles = effects.loc[~effects.index.str.contains("+", regex=False)]
@@ -404,13 +440,51 @@ def test_seeds():
     assert not np.allclose(first.uns["truth"]["effects"].to_numpy()[:2], other.uns["truth"]["effects"].to_numpy()[:2])
 
 
+@pytest.mark.parametrize(
+    ("change", "counts", "tables"),
+    [
+        ({}, "5f05268a", "e043f4ec"),
+        ({"seed": 1}, "fc3911e9", "4f749300"),
+        ({"interaction_fraction": 1.0}, "1809892f", "6203a83a"),
+        ({"n_combinations": 0}, "c8e660e8", "83303826"),
+        ({"n_batches": 3}, "a4e51fca", "d321f826"),
+    ],
+)
+def test_data_of_a_seed_stay_what_they_are(change, counts, tables):
+    """Hashes of version 0.1.0.dev0, before combinations could be additive."""
+    adata = simulate_perturbseq(**{**SMALL, **change})
+    truth = adata.uns["truth"]
+    # the second table comes from sums of float32
+    effects = np.stack([1e6 * truth["effects"], 1e3 * truth["population_effects"]])
+    labels = adata.obs[["perturbation", "guide_identity", "batch", "split", "artifact_kind"]].astype(str)
+    digests = [
+        hashlib.sha256(part).hexdigest()[:8]
+        for part in (
+            np.stack([dense(adata.X), dense(adata.layers["clean_counts"])]).astype(np.int64).tobytes(),
+            "".join(labels.to_numpy().ravel()).encode() + np.rint(effects).astype(np.int64).tobytes(),
+        )
+    ]
+    assert digests == [counts, tables]
+
+
+@pytest.mark.parametrize("n_combinations", [0, 3])
+def test_tables_of_pairs_survive_a_file(n_combinations, tmp_path):
+    adata = simulate_perturbseq(**{**SMALL, "n_combinations": n_combinations}, additive_fraction=0.5)
+    adata.copy().write_h5ad(tmp_path / "screen.h5ad")
+    back = ad.read_h5ad(tmp_path / "screen.h5ad").uns["truth"]
+    for key in ("pairs", "interactions"):
+        assert back[key].shape == adata.uns["truth"][key].shape
+        assert list(back[key].index) == list(adata.uns["truth"][key].index)
+        np.testing.assert_array_equal(back[key].to_numpy(), adata.uns["truth"][key].to_numpy())
+
+
 def test_h5ad_round_trip(small, tmp_path):
     small.copy().write_h5ad(tmp_path / "screen.h5ad")
     back = ad.read_h5ad(tmp_path / "screen.h5ad")
     assert (back.X != small.X).nnz == 0
     assert (back.layers["clean_counts"] != small.layers["clean_counts"]).nnz == 0
     assert back.uns["control"] == "control"
-    assert set(back.uns["truth"]) == {"effects", "population_effects", "guide_efficacy"}
+    assert set(back.uns["truth"]) == {"effects", "population_effects", "interactions", "pairs", "guide_efficacy"}
     for name, table in small.uns["truth"].items():
         kept = back.uns["truth"][name]
         assert list(kept.index) == list(table.index)
@@ -442,6 +516,7 @@ def test_h5ad_round_trip(small, tmp_path):
         pytest.param({"efficiency": "high"}, "`efficiency` must lie", id="efficiency as text"),
         pytest.param({"interaction_fraction": 1.5}, r"must lie in \[0, 1\]; received 1.5", id="interactions"),
         pytest.param({"interaction_fraction": True}, "`interaction_fraction` must lie", id="interactions as flag"),
+        pytest.param({"additive_fraction": -0.5}, r"`additive_fraction` must lie in \[0, 1\]; .* -0.5", id="additive"),
         pytest.param({"guides_per_target": 0}, "`guides_per_target` must be a positive integer", id="no guides"),
         pytest.param({"n_batches": 0}, "`n_batches` must be a positive integer", id="no batches"),
         pytest.param({"seed": -1}, "`seed` must be a non-negative integer", id="negative seed"),

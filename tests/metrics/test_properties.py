@@ -69,8 +69,8 @@ CASES = {
 ELSEWHERE = {
     *("average_treatment_effects", "bernoulli_kl", "block_r2", "cell_eval_scores", "evaluate", "evaluate_effects"),
     *("gaussian_kl", "importance_weighted_bound", "iwelbo_summary", "jaccard_chance", "kish_effective_size"),
-    *("mask_f1", "mean_correlation_coefficient", "pathway_accuracy", "qc_pass_rate", "replicate_ceiling"),
-    *("to_cell_eval", "write_cell_eval"),
+    *("linear_probe", "mask_f1", "mean_correlation_coefficient", "pathway_accuracy", "qc_pass_rate"),
+    *("replicate_ceiling", "to_cell_eval", "write_cell_eval"),
 }
 every_metric = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -69,6 +69,8 @@ MODELS: dict[str, Row] = {
     "SVAEPlus": Row("SVAEPlus", "all"),
     "SVAEPlus (lopez)": Row("SVAEPlus", "all", {"variant": "lopez"}),
     "SVAEPlus (additive)": Row("SVAEPlus", "all", {"encode_combinations": "additive"}),
+    "PerturbedVAE": Row("PerturbedVAE", "all", expression="log"),
+    "PerturbedVAE (counts)": Row("PerturbedVAE", "all", {"likelihood": "nb"}),
 }
 BASELINES: dict[str, Row] = {name: Row(name, "passed") for name in baselines.__all__}
 REGISTRY: dict[str, Row] = MODELS | BASELINES

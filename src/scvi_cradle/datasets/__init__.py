@@ -4,6 +4,7 @@ from scvi_cradle.datasets._prepare import prepare_dixit, prepare_norman, prepare
 from scvi_cradle.datasets._published import adamson, dixit, norman, papalexi, replogle, santinha
 from scvi_cradle.datasets._simulate_perturbseq import simulate_perturbseq
 from scvi_cradle.datasets._simulate_sams import simulate_sams
+from scvi_cradle.datasets._simulate_scm import simulate_scm
 from scvi_cradle.datasets._simulate_svae import simulate_svae
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "santinha",
     "simulate_perturbseq",
     "simulate_sams",
+    "simulate_scm",
     "simulate_svae",
 ]

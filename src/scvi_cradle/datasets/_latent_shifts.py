@@ -1,4 +1,4 @@
-"""What the simulations of sparse latent shifts share: shifts, a random decoder, cells with labels and a split."""
+"""What the simulations from latents share: shifts, a random decoder, cells with labels and a split."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY
 
-_CONTROL = "control"
+CONTROL = "control"
 _LEAK = 0.2
 _SHIFT_MEAN, _SHIFT_SD = 5.0, 0.5
-_SPLITS = ("train", "val", "test")
-_N_DRAWS = 4096
+SPLITS = ("train", "val", "test")
+N_DRAWS = 4096
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def draw_cells(rng: np.random.Generator, shifts: np.ndarray, sizes: np.ndarray) 
         shape ``(n_treatments + 1, 3)``.
     """
     groups = np.append(np.arange(len(shifts)), -1)
-    row = np.repeat(np.repeat(groups, len(_SPLITS)), sizes.ravel())
-    split = np.repeat(np.tile(np.arange(len(_SPLITS)), len(groups)), sizes.ravel())
+    row = np.repeat(np.repeat(groups, len(SPLITS)), sizes.ravel())
+    split = np.repeat(np.tile(np.arange(len(SPLITS)), len(groups)), sizes.ravel())
     order = rng.permutation(len(row))
     row, split = row[order], split[order]
     z_basal = rng.standard_normal((len(row), shifts.shape[1]))
@@ -112,19 +112,24 @@ def mean_changes(
     -------
     Array of shape ``(n_treatments, n_genes)``.
     """
-    half = rng.standard_normal((_N_DRAWS // 2, shifts.shape[1]))
+    half = rng.standard_normal((N_DRAWS // 2, shifts.shape[1]))
     z_basal = np.concatenate([half, -half])
     level = expression(z_basal).mean(axis=0)
     return np.stack([expression(z_basal + shift).mean(axis=0) - level for shift in shifts])
 
 
-def to_anndata(x: np.ndarray, cells: Cells, treatments: list[str]) -> AnnData:
-    """Return the cells with their names, labels, split, latents and ``uns["control"]``."""
-    labels = pd.Categorical.from_codes(np.where(cells.row < 0, len(treatments), cells.row), [*treatments, _CONTROL])
+def to_anndata(
+    x: np.ndarray, row: np.ndarray, split: np.ndarray, treatments: list[str], obsm: dict[str, np.ndarray]
+) -> AnnData:
+    """Return the cells with their names, labels, split, latents and ``uns["control"]``.
+
+    ``row`` and ``split`` are those of :class:`Cells`.
+    """
+    labels = pd.Categorical.from_codes(np.where(row < 0, len(treatments), row), [*treatments, CONTROL])
     obs = pd.DataFrame(
         {
             COLUMNS.PERTURBATION: labels.reorder_categories(sorted(labels.categories)),
-            "split": pd.Categorical.from_codes(cells.split, _SPLITS),
+            "split": pd.Categorical.from_codes(split, SPLITS),
         },
         index=pd.Index(numbered("cell_", len(x))),
     )
@@ -132,8 +137,8 @@ def to_anndata(x: np.ndarray, cells: Cells, treatments: list[str]) -> AnnData:
         x.astype(np.float32),
         obs=obs,
         var=pd.DataFrame(index=pd.Index(numbered("gene_", x.shape[1]))),
-        obsm={"z_basal": cells.z_basal, "z": cells.z},
-        uns={CONTROL_UNS_KEY: _CONTROL},
+        obsm=obsm,
+        uns={CONTROL_UNS_KEY: CONTROL},
     )
 
 

@@ -113,22 +113,29 @@ def draw_genes(rng: np.random.Generator, n_genes: int, targets: list[str], n_bat
 
 
 def draw_effects(
-    rng: np.random.Generator, genes: Genes, dosage: pd.DataFrame, interaction_fraction: float
-) -> np.ndarray:
-    """Draw log2 effects of every label on the rates.
+    rng: np.random.Generator,
+    genes: Genes,
+    dosage: pd.DataFrame,
+    interaction_fraction: float,
+    additive: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw log2 effects of every label on the rates, and the interactions among them.
 
     A treatment shifts one or two programmes, changes some 5 % of the genes directly and knocks its own gene down
     (log2 fold change -3 to -2). A combination is the sum of its treatments, plus interactions on
-    ``interaction_fraction`` of the genes that the sum changes (its targets excluded).
+    ``interaction_fraction`` of the genes that the sum changes (its targets excluded). Interactions of ``additive``
+    combinations are drawn and dropped, so that the effects of all others do not depend on it.
 
     Parameters
     ----------
     dosage
         Labels x treatments, 0/1; singles are the rows with one treatment.
+    additive
+        Which labels have no interactions, shape ``(n_labels,)``.
 
     Returns
     -------
-    Array of shape ``(n_labels, n_genes)``.
+    Effects and, as a part of them, interactions, each of shape ``(n_labels, n_genes)``.
     """
     regulated = regulated_genes(genes.types, genes.log_share)
     target_position = np.flatnonzero(genes.types == "target")
@@ -142,12 +149,15 @@ def draw_effects(
         singles[t, direct] += rng.choice([-1.0, 1.0], len(direct)) * rng.uniform(0.5, 2.0, len(direct))
         singles[t, target_position[t]] = -rng.uniform(2.0, 3.0)
     effects = dosage.to_numpy(dtype=float) @ singles
+    interactions = np.zeros_like(effects)
     for row in np.flatnonzero(dosage.sum(axis=1).to_numpy() > 1):
         own_targets = target_position[dosage.to_numpy()[row] > 0]
         candidates = np.setdiff1d(np.flatnonzero(effects[row]), own_targets)
         chosen = rng.choice(candidates, round(interaction_fraction * len(candidates)), replace=False)
-        effects[row, chosen] += rng.normal(0.0, 0.8, len(chosen))
-    return effects
+        drawn = rng.normal(0.0, 0.8, len(chosen))
+        if not additive[row]:
+            interactions[row, chosen] = drawn
+    return effects + interactions, interactions
 
 
 def draw_states(rng: np.random.Generator, genes: Genes, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

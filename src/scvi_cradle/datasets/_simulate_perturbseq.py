@@ -55,6 +55,7 @@ def simulate_perturbseq(
     n_batches: int = 1,
     interaction_fraction: float = 0.2,
     seed: int = 0,
+    additive_fraction: float = 0.0,
 ) -> AnnData:
     r"""Simulate a Perturb-seq screen whose clean cells, effects, artifacts and escapers are known.
 
@@ -86,6 +87,9 @@ def simulate_perturbseq(
     seed
         Seed of NumPy's generator; no global state is touched. Genes, effects and clean twins do not depend on
         ``artifact_fraction``.
+    additive_fraction
+        Share, in [0, 1], of the combinations (rounded) without any interaction: their effects are the sum of the
+        single ones. ``effects`` of all other labels do not depend on it.
 
     Returns
     -------
@@ -103,7 +107,8 @@ def simulate_perturbseq(
     - ``uns["control"]``; ``uns["guide_targets"]``: DataFrame with the columns ``guide`` and ``target``
       (``"control"`` for non-targeting guides);
     - ``uns["truth"]``: ``effects`` and ``population_effects`` (DataFrames, all labels but the control, sorted, x
-      genes) and ``guide_efficacy`` (DataFrame, guides x ``target``, ``efficacy``).
+      genes), ``interactions`` (DataFrame, combinations x genes), ``pairs`` (DataFrame, combinations x ``additive``,
+      ``interaction_size``) and ``guide_efficacy`` (DataFrame, guides x ``target``, ``efficacy``).
 
     Raises
     ------
@@ -121,7 +126,8 @@ def simulate_perturbseq(
     (:math:`\log 20` for mitochondrial, ribosomal and haemoglobin genes) with :math:`e = 0` for controls and escapers.
     ``effects`` holds :math:`e`: the log2 fold change of the expected counts of a perturbed cell
     against the same cell unperturbed. Combinations are the sum of their treatments plus interactions (normal, sd 0.8),
-    so that the difference to the sum shows the interactions. Programmes are shared between treatments. Shares of the
+    so that the difference to the sum shows the interactions: ``interactions`` holds it, and ``interaction_size`` its
+    Euclidean norm over the genes (log2 units). ``additive`` combinations have none. Programmes are shared between treatments. Shares of the
     total change by :math:`e` less a constant, which is small: total counts change with the perturbation.
     Mitochondrial, ribosomal and haemoglobin genes, and the few others of more than five times the average share, have
     :math:`e = 0`.
@@ -147,30 +153,35 @@ def simulate_perturbseq(
     _check_share("artifact_fraction", artifact_fraction, one=False)
     _check_share("efficiency", efficiency, zero=False)
     _check_share("interaction_fraction", interaction_fraction)
+    _check_share("additive_fraction", additive_fraction)
     check_positive("seed", seed, integer=True, allow_zero=True)
-    screen_rng, cells_rng, artifact_rng, split_rng, truth_rng = np.random.default_rng(seed).spawn(5)
+    screen_rng, cells_rng, artifact_rng, split_rng, truth_rng, pairs_rng = np.random.default_rng(seed).spawn(6)
 
     width = max(2, len(str(n_perturbations)))
     targets = [f"G{i + 1:0{width}d}" for i in range(n_perturbations)]
     dosage = _draw_labels(screen_rng, targets, n_combinations)
     genes = draw_genes(screen_rng, n_genes, targets, n_batches)
-    effects = draw_effects(screen_rng, genes, dosage, interaction_fraction)
+    pairs = list(dosage.index[dosage.sum(axis=1) > 1])
+    additive = pairs_rng.permutation(pairs)[: round(additive_fraction * len(pairs))]
+    drawn = draw_effects(screen_rng, genes, dosage, interaction_fraction, dosage.index.isin(additive))
+    effects, interactions = (pd.DataFrame(table, index=dosage.index, columns=genes.names) for table in drawn)
     guides = draw_guides(screen_rng, targets, guides_per_target, efficiency)
 
-    cells = _draw_clean_cells(cells_rng, n_cells, genes, dosage, effects, guides)
+    cells = _draw_clean_cells(cells_rng, n_cells, genes, dosage, effects.to_numpy(), guides)
     adata = _with_artifacts(artifact_rng, cells, genes, guides, artifact_fraction)
     labels = pd.Categorical.from_codes(*_codes(cells.row, list(dosage.index)))
-    pairs = list(dosage.index[dosage.sum(axis=1) > 1])
     adata.obs.insert(0, COLUMNS.PERTURBATION, labels)
     adata.obs["split"] = _split(split_rng, labels, pairs)
 
     share = np.array([cells.perturbed[cells.row == row].mean() for row in range(len(dosage))])
-    population = share[:, None] * perturbation_shifts(truth_rng, genes, effects, _N_DRAWS)
+    population = share[:, None] * perturbation_shifts(truth_rng, genes, effects.to_numpy(), _N_DRAWS)
     adata.uns[CONTROL_UNS_KEY] = _CONTROL
     adata.uns["guide_targets"] = pd.DataFrame({"guide": list(guides.index), "target": list(guides["target"])})
     adata.uns["truth"] = {
-        "effects": pd.DataFrame(effects, index=dosage.index, columns=genes.names),
+        "effects": effects,
         "population_effects": pd.DataFrame(population, index=dosage.index, columns=genes.names),
+        "interactions": interactions.loc[pairs],
+        "pairs": _pair_table(interactions.loc[pairs]),
         "guide_efficacy": guides,
     }
     return adata
@@ -291,6 +302,11 @@ def _with_artifacts(
             "z_basal": cells.state[:, :-n_batches],
         },
     )
+
+
+def _pair_table(interactions: pd.DataFrame) -> pd.DataFrame:
+    size = np.linalg.norm(interactions.to_numpy(), axis=1)
+    return pd.DataFrame({"additive": size == 0, "interaction_size": size}, index=interactions.index)
 
 
 def _codes(row: np.ndarray, labels: list[str]) -> tuple[np.ndarray, list[str]]:

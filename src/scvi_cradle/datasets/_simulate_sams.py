@@ -116,7 +116,8 @@ def simulate_sams(
     effects = mean_changes(truth_rng, mask * embedding, lambda z: decode(decoder, z) / scale)
 
     treatments = numbered("T", n_treatments)
-    adata = to_anndata(mean + noise_sd * noise_rng.standard_normal(mean.shape), cells, treatments)
+    x = mean + noise_sd * noise_rng.standard_normal(mean.shape)
+    adata = to_anndata(x, cells.row, cells.split, treatments, {"z_basal": cells.z_basal, "z": cells.z})
     adata.layers["mean"] = mean.astype(np.float32)
     adata.uns["truth"] = {**truth_tables(treatments, mask, embedding, effects), "noise_sd": noise_sd}
     return adata

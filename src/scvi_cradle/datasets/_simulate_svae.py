@@ -125,7 +125,7 @@ def simulate_svae(
         return np.log2(1.0 + COUNTS_PER_CELL * share)
 
     treatments = numbered("T", n_interventions)
-    adata = to_anndata(counts, cells, treatments)
+    adata = to_anndata(counts, cells.row, cells.split, treatments, {"z_basal": cells.z_basal, "z": cells.z})
     effects = mean_changes(truth_rng, mask * embedding, log_expression)
     adata.uns["truth"] = truth_tables(treatments, mask, embedding, effects)
     return adata

@@ -15,6 +15,7 @@ from scvi_cradle.metrics._expression import (
     relative_rmse,
 )
 from scvi_cradle.metrics._latents import block_r2, mask_f1, mean_correlation_coefficient
+from scvi_cradle.metrics._linear_probe import linear_probe
 from scvi_cradle.metrics._pathways import pathway_accuracy
 from scvi_cradle.metrics._qc import qc_pass_rate
 from scvi_cradle.metrics._replicate import replicate_ceiling
@@ -45,6 +46,7 @@ __all__ = [
     "jaccard_top_k",
     "kish_effective_size",
     "l2_of_means",
+    "linear_probe",
     "mask_f1",
     "mean_correlation_coefficient",
     "mmd_multiscale",
