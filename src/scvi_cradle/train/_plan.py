@@ -11,6 +11,7 @@ from scvi.train import TrainingPlan
 
 from scvi_cradle._validation import check_one_of
 
+EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
 KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the epochs: (10, 50) and (5, 50) of the published 100
 
 
@@ -31,7 +32,7 @@ class PerturbationTrainingPlan(TrainingPlan):
     lr_warmup_steps
         Optimiser steps of linear warm-up (cosine schedule only).
     effect_lr_scale
-        Factor of the learning rate of ``module.effects``.
+        Factor of the learning rate of ``module.effects`` (PerturbedVAE: ``module.causal``).
     n_epochs_kl_warmup, n_steps_kl_warmup
         KL warm-up; default none.
     **kwargs
@@ -68,8 +69,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         """Return Adam (or the user's optimiser) and the schedule."""
         if self.reduce_lr_on_plateau or self.optimizer_name != "Adam":
             return super().configure_optimizers()
-        effects = [p for name, p in self.module.named_parameters() if name.startswith("effects.")]
-        others = [p for name, p in self.module.named_parameters() if not name.startswith("effects.")]
+        effects = [p for name, p in self.module.named_parameters() if name.startswith(EFFECTS)]
+        others = [p for name, p in self.module.named_parameters() if not name.startswith(EFFECTS)]
         groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
         optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         if self.lr_schedule == "constant":
