@@ -164,8 +164,12 @@ PERTURBED_PAPER: dict[str, Any] = {
     "sample_latents": True,
 }
 RESPONSIVE_SHARE = 0.19
-PERTURBED_RECOMMENDED = PERTURBED_PAPER
-TRAINING_PERTURBED: dict[str, Any] = {
+PERTURBED_RECOMMENDED = PERTURBED_PAPER | {
+    "alignment": None,  # "l2" with shared partners, else "none"
+    "kl_weight_responsive": None,  # those of a Gaussian bound; see `PerturbedVAE`
+    "kl_weight_invariant": None,
+}
+TRAINING_PERTURBED_PAPER: dict[str, Any] = {
     "batch_size": 64,
     "lr": 1e-4,
     "weight_decay": 0.0,
@@ -173,6 +177,12 @@ TRAINING_PERTURBED: dict[str, Any] = {
     "lr_schedule": "constant",
     "effect_lr_scale": 1.0,
     "max_epochs": 100,
+}
+TRAINING_PERTURBED: dict[str, Any] = TRAINING_PERTURBED_PAPER | {
+    "lr": 1e-3,
+    "gradient_clip_val": 100.0,
+    "lr_schedule": "cosine",
+    "effect_lr_scale": 5.0,
 }
 
 
@@ -193,7 +203,7 @@ CONDITIONAL_VAE = _presets(
 )
 SVAE_PLUS = _presets(recommended=(SVAE_RECOMMENDED, TRAINING_RECOMMENDED), paper=(SVAE_PAPER, TRAINING_SAMS_PAPER))
 PERTURBED_VAE = _presets(
-    recommended=(PERTURBED_RECOMMENDED, TRAINING_PERTURBED), paper=(PERTURBED_PAPER, TRAINING_PERTURBED)
+    recommended=(PERTURBED_RECOMMENDED, TRAINING_PERTURBED), paper=(PERTURBED_PAPER, TRAINING_PERTURBED_PAPER)
 )
 #: Presets by the name of the model.
 MODELS = MappingProxyType(
@@ -244,7 +254,7 @@ CHOICES = {
     "mechanism": ("mlp", "linear"),
     "noise_scale": ("learned", "fixed"),
     "lambda_bound": ("tanh", None),
-    "alignment": ("l2", "mmd", "none"),
+    "alignment": ("l2", "mmd", "none", None),
     "align_stop_grad": ("control", None),
 }
 COUNTS = (

@@ -9,7 +9,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
-from scvi_cradle.data import check_pairing, holds_counts
+from scvi_cradle.data import TrainingStatistics, check_pairing, holds_counts
 from scvi_cradle.model._causal import CausalMixin
 from scvi_cradle.model._effects import EffectsMixin
 from scvi_cradle.model._setup import SetupMixin, check_likelihood
@@ -17,6 +17,7 @@ from scvi_cradle.module import PerturbedVAEModule
 
 TRAINING = ("n_epochs_kl_warmup", "n_epochs_align_warmup")
 MODEL_ONLY = ("control_pairing", "control_partner_key", "sample_latents", "output_bias", *TRAINING)
+KL_WEIGHTS = ("kl_weight_responsive", "kl_weight_invariant")
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = {"mse": 0.1}
 ALIGNMENT_WEIGHT = {"l2": 0.05, "mmd": 10.0, "none": 0.0}
@@ -141,18 +142,30 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         super().__init__(adata, registry)
         check_likelihood(architecture["likelihood"], holds_counts(self._state(REGISTRY_KEYS.X_KEY)))
         self._resolve_weights(given)
-        self._build_module(**{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY})
+        settings = {k: v for k, v in self._architecture.items() if k not in MODEL_ONLY}
+        self._build_module(**(settings | {k: 1.0 for k in KL_WEIGHTS if settings[k] is None}))
         self.init_params_ = self._get_init_params(locals())
 
     def _resolve_weights(self, given: dict[str, Any]) -> None:
-        """Set weights that were not given to those that suit the likelihood."""
+        """Set what was not given to what suits the likelihood and the partners."""
         settings, sums = self._architecture, self._architecture["likelihood"] != "mse"
+        if settings["alignment"] is None:
+            settings["alignment"] = "l2" if settings["control_pairing"] == "shared" else "none"
         if settings["alignment_weight"] is None:
             scale = len(self._genes) / 2 if sums and settings["alignment"] == "l2" else 1.0
             settings["alignment_weight"] = ALIGNMENT_WEIGHT[settings["alignment"]] * scale
-        for name in ("kl_weight_responsive", "kl_weight_invariant"):
-            if sums and given[name] is None:
+        for name in KL_WEIGHTS:
+            if given[name] is None and sums:
                 settings[name] = 1.0
+
+    def _set_statistics(self, statistics: TrainingStatistics, n_train: int) -> None:
+        """Take weights of divergences that are left open from the data: those of a Gaussian bound."""
+        super()._set_statistics(statistics, n_train)
+        if not self.is_trained_:
+            weight = 2.0 * float((statistics.input_std**2).mean()) / len(self._genes)
+            for i, name in enumerate(KL_WEIGHTS):
+                if self._architecture[name] is None:
+                    self.module.kl_weights[i] = weight
 
     def _diagnostic_warnings(self, diagnostics: dict[str, float]) -> list[str]:
         """Return one sentence per sign of a collapse."""

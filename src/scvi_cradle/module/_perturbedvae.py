@@ -89,9 +89,10 @@ class PerturbedVAEModule(PerturbationModule):
         reconstruction of the batch; or ``"none"``. ``align_stop_grad="control"`` keeps the partner's mean out of the
         gradient.
     kl_weight_responsive, kl_weight_invariant
-        Weights of the divergences.
+        Weights of the divergences (buffer ``kl_weights``).
     """
 
+    kl_weights: Tensor
     objectives = ("elbo",)
     beside_full = ("hidden",)
 
@@ -129,7 +130,7 @@ class PerturbedVAEModule(PerturbationModule):
         )
         self.n_responsive, self.n_invariant = n_latent_responsive, n_latent_invariant
         self.alignment, self.alignment_weight, self.align_stop_grad = alignment, alignment_weight, align_stop_grad
-        self.kl_weights = {"responsive": kl_weight_responsive, "invariant": kl_weight_invariant}
+        self.register_buffer("kl_weights", torch.tensor([kl_weight_responsive, kl_weight_invariant]))
         self.encoder = perceptron(n_genes, n_hidden, n_layers)
         self.invariant_head = GaussianHead(n_hidden, n_latent_invariant)
         self.noise_encoder = perceptron(n_hidden + n_treatments, n_hidden, 1)
@@ -259,7 +260,7 @@ class PerturbedVAEModule(PerturbationModule):
             if latent.q_partner is not None:
                 partner = latent.q_partner.loc.detach() if self.align_stop_grad else latent.q_partner.loc
                 aligned = (latent.q_basal.loc - partner).square().sum(-1).mean()
-        divergence = self.kl_weights["responsive"] * kl_responsive + self.kl_weights["invariant"] * kl_invariant
+        divergence = self.kl_weights[0] * kl_responsive + self.kl_weights[1] * kl_invariant
         loss = error.mean() + kl_weight * divergence.mean() + alignment_ramp * self.alignment_weight * aligned
         return LossOutput(
             loss=loss,
