@@ -140,7 +140,9 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
             n_epochs = self.trainer.max_epochs if self._trainer is not None else 0
             epochs = (shares[0] * n_epochs, shares[1] * n_epochs)
         start, end = epochs
-        return float(min(max((self.current_epoch - start) / max(end - start, 1e-9), 0.0), 1.0))
+        if self.current_epoch >= end:
+            return 1.0
+        return float(max((self.current_epoch - start) / (end - start), 0.0))
 
     @property
     def kl_weight(self) -> float:
