@@ -90,10 +90,10 @@ def test_weights_suit_the_likelihood_and_the_partners(screen):
     assert module.alignment_weight == 0.0
 
 
-def test_open_weights_of_divergences_are_those_of_a_gaussian_bound(model, screen):
+def test_open_weights_of_divergences_are_four_times_those_of_a_gaussian_bound(model, screen):
     """The error times ``n_genes / (2 variance)`` is minus a Gaussian log-likelihood; dividing makes the divergence's weight."""
     train = screen.layers["log"][(screen.obs["split"] == "train").to_numpy()].toarray()
-    expected = 2 * train.var(axis=0, ddof=1).mean() / 50
+    expected = 4 * 2 * train.var(axis=0, ddof=1).mean() / 50
     torch.testing.assert_close(model.module.kl_weights, torch.full((2,), float(expected)), rtol=1e-4, atol=0)
 
 

@@ -70,6 +70,7 @@ MODELS: dict[str, Row] = {
     "SVAEPlus (lopez)": Row("SVAEPlus", "all", {"variant": "lopez"}),
     "SVAEPlus (additive)": Row("SVAEPlus", "all", {"encode_combinations": "additive"}),
     "PerturbedVAE": Row("PerturbedVAE", "all", expression="log"),
+    "PerturbedVAE (published)": Row("PerturbedVAE", "all", {"preset": "paper"}, expression="log"),
     "PerturbedVAE (counts)": Row("PerturbedVAE", "all", {"likelihood": "nb"}),
 }
 BASELINES: dict[str, Row] = {name: Row(name, "passed") for name in baselines.__all__}

@@ -20,6 +20,7 @@ MODEL_ONLY = ("control_pairing", "control_partner_key", "sample_latents", "outpu
 KL_WEIGHTS = ("kl_weight_responsive", "kl_weight_invariant")
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = {"mse": 0.1}
+BOUND_FACTOR = 4.0
 ALIGNMENT_WEIGHT = {"l2": 0.05, "mmd": 10.0, "none": 0.0}
 
 
@@ -60,17 +61,19 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         ``"mse"`` (recommended): mean squared error over genes; ``"gaussian"``: a likelihood with a variance per gene;
         ``"nb"``: for counts.
     alignment
-        ``"l2"`` (recommended): squared distance of the posterior means of :math:`z_\iota` of a cell and of its control
+        ``"l2"``: squared distance of the posterior means of :math:`z_\iota` of a cell and of its control
         partner; ``"mmd"``: discrepancy between cells and predictions from their partners, in batches of one
-        perturbation, in place of their reconstruction; ``"none"``.
+        perturbation, in place of their reconstruction; ``"none"``. Recommended: ``"l2"`` with
+        ``control_pairing="shared"``, else ``"none"``: aligned with random partners, the invariant variables collapse.
     alignment_weight
         Weight of that term. Default 0.05 (``"mmd"``: 10) beside a mean squared error; for the other likelihoods, which
         add up over genes, it is multiplied by half the number of genes.
     align_stop_grad
         ``"control"``: the partner's mean is not moved by the alignment. None (recommended): both are.
     kl_weight_responsive, kl_weight_invariant
-        Weights of the divergences, summed over latent variables. Default 1e-2 beside a mean squared error; 1 for the other
-        likelihoods. The smaller they are, the more of the variation between cells is kept.
+        Weights of the divergences, summed over latent variables. Recommended beside a mean squared error (published:
+        1e-2): 8 times the mean variance of genes over their number, four times the weight that makes it a Gaussian
+        bound; 1 for the other likelihoods. The smaller they are, the more of the variation between cells is kept.
     n_epochs_kl_warmup, n_epochs_align_warmup
         ``(start, end)`` of linear warm-ups in epochs. Default: from 10 % (alignment: 5 %) to 50 % of the run, which is
         (10, 50) and (5, 50) for 100 epochs.
@@ -159,10 +162,10 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
                 settings[name] = 1.0
 
     def _set_statistics(self, statistics: TrainingStatistics, n_train: int) -> None:
-        """Take weights of divergences that are left open from the data: those of a Gaussian bound."""
+        """Take weights of divergences that are left open from the data: four times those of a Gaussian bound."""
         super()._set_statistics(statistics, n_train)
         if not self.is_trained_:
-            weight = 2.0 * float((statistics.input_std**2).mean()) / len(self._genes)
+            weight = BOUND_FACTOR * 2.0 * float((statistics.input_std**2).mean()) / len(self._genes)
             for i, name in enumerate(KL_WEIGHTS):
                 if self._architecture[name] is None:
                     self.module.kl_weights[i] = weight
