@@ -142,6 +142,21 @@ def test_partners_are_looked_up_before_training(screen):
     assert model.label_counts_ is None
 
 
+def test_training_needs_control_cells(screen):
+    adata = screen.copy()
+    adata.obs["split"] = np.where(adata.obs["perturbation"] == "control", "val", adata.obs["split"])
+    model = built(adata, alignment="l2", **SIZES)
+    with pytest.raises(ValueError, match="The training split must hold control cells"):
+        model.train(max_epochs=1, **QUIET)
+
+
+def test_counts_can_be_aligned_by_their_discrepancy(screen):
+    model = fit(screen, epochs=1, keys={"perturbation_key": "perturbation"}, likelihood="nb", alignment="mmd")
+    cells = model.get_generated_expression("G01+G02", n_samples=5, seed=0)
+    assert (cells.X.data == np.round(cells.X.data)).all()
+    assert np.isfinite(model.get_iwelbo(indices=np.arange(5), n_particles=3)).all()
+
+
 # ---- objective ------------------------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,12 @@ class EffectsMixin(GenerationMixin):
         """
         self._trained_counts()
         if self.module.effects is None:
-            msg = f"{type(self).__name__} has no latent treatment effects: ask `get_average_treatment_effects` for effects on expression."
+            other = (
+                ", or `get_latent_programs` for responses of latent variables"
+                if hasattr(self, "get_latent_programs")
+                else ""
+            )
+            msg = f"{type(self).__name__} has no latent treatment effects: ask `get_average_treatment_effects` for effects on expression{other}."
             raise NotImplementedError(msg)
         treatment = torch.arange(self.module.n_treatments, device=self.module.device)
         summary = {k: v.cpu().numpy() for k, v in self.module.effects.summary(treatment).items()}

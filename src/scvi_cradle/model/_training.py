@@ -106,6 +106,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             shuffle_set_split=shuffle_set_split,
             batch_size=batch_size,
         )
+        self._check_training_controls(split[0])
         splitter = self._splitter_arguments(split)
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(len(split[0]) / batch_size)
@@ -145,17 +146,19 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         """Return which labels new cells take library sizes and covariates from, shape ``(n_labels,)``; None: all."""
         return None
 
-    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
-        """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
-        table = self._table
-        members = table.padded_members()
+    def _check_training_controls(self, train_indices: np.ndarray) -> None:
         codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel().astype(int)
-        control = table.labels.index(self._rule.control_name)
+        control = self._table.labels.index(self._rule.control_name)
         if not (codes[train_indices] == control).any():
             msg = (
                 f"The training split must hold control cells; received {len(train_indices)} training cells without one."
             )
             raise ValueError(msg)
+
+    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
+        """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
+        table = self._table
+        members = table.padded_members()
         statistics = training_statistics(
             self.adata_manager,
             train_indices,
