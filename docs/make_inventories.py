@@ -149,7 +149,11 @@ SITES: dict[str, dict[str, dict[str, str]]] = {
             "api/figure_api.html#$": "matplotlib.figure.Figure Figure=matplotlib.figure.Figure",
         },
     },
-    "networkx": {"class": {"reference/classes/digraph.html#$": "networkx.DiGraph"}},
+    "networkx": {
+        "class": {
+            "reference/classes/digraph.html#$": "networkx.DiGraph networkx.classes.digraph.DiGraph=networkx.DiGraph"
+        }
+    },
     "sklearn": {
         "class": {
             "modules/generated/$.html#$": "sklearn.linear_model.ElasticNet sklearn.neighbors.NearestNeighbors",

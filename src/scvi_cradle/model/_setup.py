@@ -52,7 +52,8 @@ class SetupMixin(BaseModelClass):
         Parameters
         ----------
         adata
-            Raw counts (dense, CSR, CSC, backed); SAMSVAE also takes other finite values, for a Gaussian likelihood.
+            Raw counts (dense, CSR, CSC, backed); SAMSVAE also takes other finite values, for a Gaussian likelihood, and
+            PerturbedVAE log-normalised values, for all likelihoods but ``"nb"``.
         perturbation_key
             Column of ``obs`` with labels such as ``"control"``, ``"KLF1"``, ``"KLF1+MAP2K6"``.
         perturbation_obsm_key
