@@ -32,6 +32,11 @@ class _QCFlags(NamedTuple):
     DOUBLET: str = "doublet"
 
 
+def partner_key(key: str) -> str:
+    """Return the name of the tensor with what ``key`` is for the control partners of cells."""
+    return KEYS.PARTNER if key == "X" else f"{KEYS.PARTNER}_{key}"
+
+
 KEYS = _RegistryKeys()
 COLUMNS = _Columns()
 QC_CRITERIA = _QCFlags()

@@ -38,7 +38,7 @@ CONTROL = 2  # labels are sorted: A, B, control
 
 
 def partners(adata, pairing, key=None, seed=0):
-    return find_partners(manager_of(adata), (TRAIN, VAL), CONTROL, pairing=pairing, partner_key=key, seed=seed)
+    return find_partners(manager_of(adata), (TRAIN, VAL), CONTROL, pairing=pairing, column_key=key, seed=seed)
 
 
 def test_random_partners_are_training_controls_and_drawn_anew():
@@ -171,6 +171,26 @@ def test_training_cells_come_in_another_order_with_other_partners_every_time():
     epochs = [torch.cat([b["X"][:, 0] * 100 + b[KEYS.PARTNER][:, 0] for b in result.train_dataloader()]) for _ in "ab"]
     assert not torch.equal(*epochs)
     assert not torch.equal(epochs[0].sort().values, epochs[1].sort().values)
+
+
+def test_partners_bring_their_covariates():
+    adata = screen(depth=np.arange(N, dtype=float), kit=pd.Categorical(np.arange(N) % 3))
+    PerturbedVAE.setup_anndata(
+        adata,
+        perturbation_key="perturbation",
+        batch_key="group",
+        categorical_covariate_keys=["kit"],
+        continuous_covariate_keys=["depth"],
+    )
+    manager = PerturbedVAE._get_most_recent_anndata_manager(adata)
+    found = find_partners(manager, (TRAIN, VAL), CONTROL, pairing="random")
+    result = PairedSplitter(manager, partners=found, batch_size=8, external_indexing=[TRAIN, VAL, np.array([], int)])
+    result.setup()
+    for batch in result.train_dataloader():
+        cell = batch[KEYS.PARTNER][:, 0]
+        torch.testing.assert_close(batch["control_partner_batch"][:, 0], (cell % 2).long())
+        torch.testing.assert_close(batch["control_partner_extra_categorical_covs"][:, 0], (cell % 3).long())
+        torch.testing.assert_close(batch["control_partner_extra_continuous_covs"][:, 0], cell)
 
 
 def test_the_data_are_not_copied():

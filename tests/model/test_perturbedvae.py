@@ -78,8 +78,10 @@ def test_a_total_is_split_as_published(total, responsive):
 
 
 def test_weights_suit_the_likelihood_and_the_partners(screen):
-    module = built(screen, control_pairing="shared", control_partner_key="partner").module
-    assert (module.alignment, module.alignment_weight) == ("l2", 0.05)
+    for pairs in ({"control_pairing": "shared", "control_partner_key": "partner"}, {"control_pairing": "fixed"}):
+        module = built(screen, **pairs).module
+        assert (module.alignment, module.alignment_weight) == ("l2", 0.05)
+    assert built(screen, alignment_weight=0.3).module.alignment == "l2"
     assert built(screen).module.alignment == "none"
     assert built(screen, alignment="mmd").module.alignment_weight == 10.0
     module = built(screen, likelihood="gaussian", alignment="l2").module
@@ -165,6 +167,7 @@ def batch_of(model, n=12, seed=0):
     tensors = next(iter(loader))
     generator = torch.Generator().manual_seed(seed)
     tensors["control_partner"] = torch.rand(n, 50, generator=generator)
+    tensors["control_partner_batch"] = tensors["batch"].flip(0)
     return tensors
 
 

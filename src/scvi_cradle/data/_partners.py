@@ -14,12 +14,18 @@ from scvi.data import AnnDataManager
 from scvi.dataloaders import BatchDistributedSampler, DataSplitter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from scvi_cradle._constants import KEYS
+from scvi_cradle._constants import KEYS, partner_key
 from scvi_cradle._validation import check_key, preview
 from scvi_cradle.data._queries import expression_of
 from scvi_cradle.data._statistics import column
 
 WITHIN = "within:"
+PARTNER_KEYS = (
+    REGISTRY_KEYS.X_KEY,
+    REGISTRY_KEYS.BATCH_KEY,
+    REGISTRY_KEYS.CAT_COVS_KEY,
+    REGISTRY_KEYS.CONT_COVS_KEY,
+)
 PAIRINGS = ("random", "fixed", "shared")
 
 
@@ -56,15 +62,15 @@ def _pick(pools: tuple[np.ndarray, ...], group: np.ndarray, uniform: np.ndarray)
     return np.concatenate(pools)[starts[group] + (uniform * sizes[group]).astype(np.int64)]
 
 
-def check_pairing(pairing: str, partner_key: str | None) -> None:
+def check_pairing(pairing: str, column_key: str | None) -> None:
     """Raise ``ValueError`` for an unknown pairing, and for a column of partners without or beside ``"shared"``."""
     if not isinstance(pairing, str) or (
         pairing not in PAIRINGS and not (pairing.startswith(WITHIN) and pairing != WITHIN)
     ):
         msg = f"`control_pairing` must be one of {PAIRINGS} or 'within:<column of obs>'; received {pairing!r}."
         raise ValueError(msg)
-    if (pairing == "shared") != (partner_key is not None):
-        msg = f"`control_partner_key` names the column of partners for control_pairing='shared' and for no other; received control_pairing={pairing!r} with {partner_key!r}."
+    if (pairing == "shared") != (column_key is not None):
+        msg = f"`control_partner_key` names the column of partners for control_pairing='shared' and for no other; received control_pairing={pairing!r} with {column_key!r}."
         raise ValueError(msg)
 
 
@@ -74,7 +80,7 @@ def find_partners(
     control_code: int,
     *,
     pairing: str,
-    partner_key: str | None = None,
+    column_key: str | None = None,
     seed: int = 0,
 ) -> Partners:
     """Find the control partners of training and validation cells among the training controls.
@@ -90,8 +96,8 @@ def find_partners(
     pairing
         ``"random"``: a training control, for training cells drawn anew whenever the cell is loaded; ``"fixed"``: drawn
         once; ``"within:<key>"``: drawn anew among controls with the same value of ``obs[key]``; ``"shared"``: named by
-        ``obs[partner_key]``.
-    partner_key
+        ``obs[column_key]``.
+    column_key
         Column of names of control cells, for ``"shared"``.
     seed
         Seed of partners that are drawn once; those of validation cells always are.
@@ -109,7 +115,7 @@ def find_partners(
     controls = train[codes[train] == control_code]
     adata = expression_of(manager.adata, manager.data_registry[REGISTRY_KEYS.X_KEY].get("mod_key"))
     if pairing == "shared":
-        return Partners(_named_partners(adata, str(partner_key), train, val, codes == control_code))
+        return Partners(_named_partners(adata, str(column_key), train, val, codes == control_code))
     group = np.zeros(len(codes), dtype=np.int64)
     pools: tuple[np.ndarray, ...] = (controls,)
     if pairing.startswith(WITHIN):
@@ -165,7 +171,7 @@ def _named_partners(adata: AnnData, key: str, train: np.ndarray, val: np.ndarray
 
 
 class PairedCells(Dataset):
-    """Batches of cells with the expression of their control partners, each row read when it is asked for.
+    """Batches of cells with expression and covariates of their control partners, each row read when it is asked for.
 
     Parameters
     ----------
@@ -181,7 +187,8 @@ class PairedCells(Dataset):
 
     def __init__(self, manager: AnnDataManager, indices: np.ndarray, partners: Partners, *, redraw: bool) -> None:
         self.cells = manager.create_torch_dataset()
-        self.controls = manager.create_torch_dataset(data_and_attributes=[REGISTRY_KEYS.X_KEY])
+        keys = [key for key in PARTNER_KEYS if key in manager.data_registry]
+        self.controls = manager.create_torch_dataset(data_and_attributes=keys)
         self.indices, self.partners, self.redraw = np.asarray(indices), partners, redraw
         self.sorts = bool(getattr(manager.adata, "isbacked", False))
 
@@ -195,8 +202,8 @@ class PairedCells(Dataset):
             rows = np.sort(rows)
         chosen = self.partners.draw(rows) if self.redraw else self.partners.of_cell[rows]
         distinct, inverse = np.unique(chosen, return_inverse=True)
-        expression = self.controls[distinct][REGISTRY_KEYS.X_KEY]
-        return self.cells[rows] | {KEYS.PARTNER: expression[inverse]}
+        of_partner = {partner_key(key): values[inverse] for key, values in self.controls[distinct].items()}
+        return self.cells[rows] | of_partner
 
 
 class LabelBatches(Sampler[list[int]]):

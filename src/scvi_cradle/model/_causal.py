@@ -98,7 +98,9 @@ class CausalMixin(ControlPairsMixin):
         DataFrame with a row per edge of this model: ``source``, ``target``, ``weight``, ``strength``, ``stability`` (share
         of replicates with the edge between the matched programs in the same direction) and ``stability_undirected`` (in
         either direction); strongest first. ``attrs["program_correlation"]``: mean correlation of the matched programs over
-        replicates. Where it is low, programs differ and edges cannot be compared.
+        replicates. Where it is low, programs differ and edges cannot be compared. ``attrs["density"]``: share of the
+        pairs of programs with an edge in a replicate, what ``stability_undirected`` would be by chance (and half of it
+        ``stability``).
 
         Raises
         ------
@@ -140,6 +142,8 @@ class CausalMixin(ControlPairsMixin):
                 "stability_undirected": np.mean(undirected, axis=0)[target, source],
             }
         ).sort_values("strength", ascending=False, ignore_index=True)
+        n_pairs = max(len(names) * (len(names) - 1) / 2, 1)
+        table.attrs["density"] = float(np.mean([edges.sum() for edges in directed]) / n_pairs)
         table.attrs["program_correlation"] = dict(
             zip(names, np.mean(correlations, axis=0).astype(float).tolist(), strict=True)
         )
@@ -236,7 +240,7 @@ class CausalMixin(ControlPairsMixin):
         Returns
         -------
         DataFrame indexed by ``"invariant"``, ``"responsive (given the label)"``, ``"hidden"`` (the output of the encoder)
-        and ``"expression"`` (50 principal components), with the columns of :func:`scvi_cradle.metrics.linear_probe`.
+        and ``"expression"`` (50 principal components, or as many as the cells allow), with the columns of :func:`scvi_cradle.metrics.linear_probe`.
 
         Raises
         ------
@@ -261,9 +265,10 @@ class CausalMixin(ControlPairsMixin):
             "hidden": self.get_latent_representation(data, positions, component="hidden"),
             "expression": self._comparable(manager.get_from_registry("X")[positions]),
         }
+        n_components = min(N_COMPONENTS, len(positions) // 2, len(self._genes))
         rows = {
             name: metrics.linear_probe(
-                matrix, labels, n_components=N_COMPONENTS if name == "expression" else None, seed=seed
+                matrix, labels, n_components=n_components if name == "expression" else None, seed=seed
             )
             for name, matrix in values.items()
         }

@@ -39,7 +39,7 @@ class ControlPairsMixin(TrainingMixin):
             split,
             self._table.labels.index(self._rule.control_name),
             pairing=self._architecture["control_pairing"],
-            partner_key=self._architecture["control_partner_key"],
+            column_key=self._architecture["control_partner_key"],
             seed=settings.seed or 0,
         )
         return {"partners": partners, "by_label": alignment == "mmd"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
@@ -63,8 +64,9 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
     alignment
         ``"l2"``: squared distance of the posterior means of :math:`z_\iota` of a cell and of its control
         partner; ``"mmd"``: discrepancy between cells and predictions from their partners, in batches of one
-        perturbation, in place of their reconstruction; ``"none"``. Recommended: ``"l2"`` with
-        ``control_pairing="shared"``, else ``"none"``: aligned with random partners, the invariant variables collapse.
+        perturbation, in place of their reconstruction; ``"none"``. Recommended: ``"none"``, as the invariant variables
+        collapse when they are aligned with random partners, but ``"l2"`` where a ``control_pairing`` or an
+        ``alignment_weight`` is given.
     alignment_weight
         Weight of that term. Default 0.05 (``"mmd"``: 10) beside a mean squared error; for the other likelihoods, which
         add up over genes, it is multiplied by half the number of genes.
@@ -78,7 +80,7 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         ``(start, end)`` of linear warm-ups in epochs. Default: from 10 % (alignment: 5 %) to 50 % of the run, which is
         (10, 50) and (5, 50) for 100 epochs.
     control_pairing
-        Partners of cells: ``"random"`` (recommended): a training control drawn anew in every epoch; ``"fixed"``: drawn
+        Partners of cells: ``"random"``: a training control drawn anew in every epoch; ``"fixed"``: drawn
         once; ``"within:<column of obs>"``: drawn anew among controls of the same batch, cell type, ...; ``"shared"``:
         named in ``control_partner_key``.
     control_partner_key
@@ -153,7 +155,8 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         """Set what was not given to what suits the likelihood and the partners."""
         settings, sums = self._architecture, self._architecture["likelihood"] != "mse"
         if settings["alignment"] is None:
-            settings["alignment"] = "l2" if settings["control_pairing"] == "shared" else "none"
+            asked = settings["control_pairing"] != "random" or settings["alignment_weight"] is not None
+            settings["alignment"] = "l2" if asked else "none"
         if settings["alignment_weight"] is None:
             scale = len(self._genes) / 2 if sums and settings["alignment"] == "l2" else 1.0
             settings["alignment_weight"] = ALIGNMENT_WEIGHT[settings["alignment"]] * scale
@@ -165,7 +168,8 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         """Take weights of divergences that are left open from the data: four times those of a Gaussian bound."""
         super()._set_statistics(statistics, n_train)
         if not self.is_trained_:
-            weight = BOUND_FACTOR * 2.0 * float((statistics.input_std**2).mean()) / len(self._genes)
+            variance = np.where(statistics.input_std == 1.0, 0.0, statistics.input_std**2)  # 1: a constant gene
+            weight = BOUND_FACTOR * 2.0 * float(variance.mean()) / len(self._genes)
             for i, name in enumerate(KL_WEIGHTS):
                 if self._architecture[name] is None:
                     self.module.kl_weights[i] = weight
@@ -175,9 +179,10 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         messages = []
         value = diagnostics["kl_invariant"]
         if value < COLLAPSE_NATS:
+            aligned = " or `alignment_weight`" if self.module.alignment == "l2" else ""
             messages.append(
                 f"The invariant variables are unused: KL {value:.3g} nats, below {COLLAPSE_NATS}; lower "
-                "`kl_weight_invariant` or `alignment_weight`, or raise `n_latent_invariant` above `n_latent_responsive`."
+                f"`kl_weight_invariant`{aligned}, train longer, or take fewer responsive than invariant variables."
             )
         ratio, least = diagnostics.get("variance_ratio"), MIN_VARIANCE_RATIO.get(self._architecture["likelihood"], 0.5)
         if ratio is not None and ratio < least:

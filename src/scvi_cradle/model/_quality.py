@@ -51,7 +51,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         are no counts) along the first ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
         the other); ``state_variance_ratio``: the same beyond counting noise, that is after taking from both the variance
         of cells that the model generates with one basal state. Both are left out when there are too few cells, the
-        latter also when counting noise is all there is.
+        latter also when the noise is all there is, or none.
         """
         self._trained_counts()
         if not self._has_training_data():
@@ -91,7 +91,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             for v in (True, False)
         )
         result = {"variance_ratio": float(generated / real)}
-        if real - noise > MIN_STATE_VARIANCE * real:
+        if noise > 0 and real - noise > MIN_STATE_VARIANCE * real:
             result["state_variance_ratio"] = float((generated - noise) / (real - noise))
         return result
 

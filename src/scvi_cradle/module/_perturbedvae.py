@@ -10,7 +10,7 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Generator, Tensor
 from torch.distributions import Normal
 
-from scvi_cradle._constants import KEYS
+from scvi_cradle._constants import KEYS, partner_key
 from scvi_cradle.module.base import (
     GaussianHead,
     LatentCausalModel,
@@ -27,6 +27,8 @@ from scvi_cradle.module.base import (
     perceptron,
     sample_normal,
 )
+
+COVARIATES = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY)
 
 
 class CausalDraw(NamedTuple):
@@ -283,6 +285,7 @@ class PerturbedVAEModule(PerturbationModule):
         """
         latent, pairs = outputs["latent"], outputs["pairs"]
         x, partner, covariates = tensors[REGISTRY_KEYS.X_KEY], tensors[KEYS.PARTNER], self.covariates(tensors)
+        of_partner = self.covariates({k: tensors[partner_key(k)] for k in COVARIATES if partner_key(k) in tensors})
         hidden = self.encoder(self.standardize(partner))
         z_invariant = sample_normal(latent.q_partner, sample=True, generator=None)
         doses = pairs.dosage(self.n_treatments).to(x)
@@ -291,7 +294,7 @@ class PerturbedVAEModule(PerturbationModule):
         kl_noise = noise_kl(q_noise.loc, q_noise.scale, mechanism.variance)
         noise = sample_normal(q_noise, sample=True, generator=None)[None]
         parts = {"invariant": z_invariant, "responsive": mechanism.respond(noise, z_invariant)}
-        error = self._reconstruction(partner, self.decoder.features_of(parts, covariates))
+        error = self._reconstruction(partner, self.decoder.features_of(parts, of_partner))
         noise = latent.mechanism.variance.sqrt() * normal_like(latent.noise)
         parts["responsive"] = latent.mechanism.respond(noise, z_invariant)
         predicted = self.decoder.likelihood.mean(self.decoder(parts, covariates), library_size(x))[0]

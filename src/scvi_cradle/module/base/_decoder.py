@@ -21,7 +21,7 @@ class OutputHead(nn.Module):
     n_genes
         Number of genes.
     likelihood
-        ``"nb"``, ``"poisson"`` or ``"gaussian"``.
+        ``"nb"``, ``"poisson"``, ``"gaussian"`` or ``"mse"``.
     """
 
     def __init__(self, n_features: int, n_genes: int, likelihood: str) -> None:
