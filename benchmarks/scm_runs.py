@@ -38,6 +38,10 @@ CAPACITIES = ((1, 10), (2, 9), (4, 7), (6, 5), (8, 3), (10, 1))
 ALIGNED = (("none", "none", 0.0), ("l2", "random", 0.05), ("l2", "shared", 0.05))
 THRESHOLD = 0.25
 SCORES = ("mcc", "r2_nu", "r2_iota", "leak", "both_nu", "both_iota")
+STABILITY = (
+    "program_correlation",
+    *(f"{name}_{t}" for t in (0.25, 0.1) for name in ("edges", "stable", "stable_undirected")),
+)
 COLUMNS = (*SCORES, "kl_responsive", "kl_invariant", "cpu_seconds")
 GRAPH = ("n_edges", "n_true", "n_right", "n_undirected", "n_strongest_right", "n_strongest_undirected", "auc")
 
@@ -177,21 +181,35 @@ def scm_rows(study: str, seed: int, options: argparse.Namespace, done: set[tuple
     PerturbedVAE.setup_anndata(adata, perturbation_key="perturbation")
     if study == "identifiability":
         yield from (r for r in references(seed, adata) if tuple(str(r[k]) for k in KEYS) not in done)
-    models = []
     for config in missing:
-        model, seconds = load_or_train(adata, config, options.models)
-        models.append(model)
-        responsive, invariant = (model.get_latent_representation(component=c) for c in ("responsive", "invariant"))
-        row = config._asdict() | recovery(adata, responsive, invariant)
-        row |= {name: model.diagnostics_[name] for name in ("kl_responsive", "kl_invariant")}
-        if config.n_responsive == adata.obsm["z_responsive"].shape[1]:
-            row |= graph_recovery(adata, model, responsive)
-        if study == "stability" and config is missing[-1]:
-            for i, one in enumerate(models):
-                table = one.get_edge_stability([m for m in models if m is not one], threshold=THRESHOLD)
-                print(f"training seed {i}, mean correlation of programs: {table.attrs['program_correlation']}")
-                print(table.round(2).to_markdown(index=False), flush=True)
-        yield row | {"cpu_seconds": seconds}
+        yield config._asdict() | scm_scores(adata, *load_or_train(adata, config, options.models))
+
+
+def scm_scores(adata: AnnData, model: PerturbedVAE, seconds: float) -> dict[str, float]:
+    responsive, invariant = (model.get_latent_representation(component=c) for c in ("responsive", "invariant"))
+    scores = recovery(adata, responsive, invariant)
+    scores |= {name: model.diagnostics_[name] for name in ("kl_responsive", "kl_invariant")}
+    if responsive.shape[1] == adata.obsm["z_responsive"].shape[1]:
+        scores |= graph_recovery(adata, model, responsive)
+    return scores | {"cpu_seconds": seconds}
+
+
+def stability_rows(seed: int, options: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[dict]:
+    """Yield rows of models of the same data with three seeds of training, compared with each other."""
+    runs = list(configs("stability", seed))
+    if all(tuple(map(str, c)) in done for c in runs):
+        return
+    adata = datasets.simulate_scm(seed=seed)
+    PerturbedVAE.setup_anndata(adata, perturbation_key="perturbation")
+    fitted = [load_or_train(adata, config, options.models) for config in runs]
+    for config, (model, seconds) in zip(runs, fitted, strict=True):
+        row = config._asdict() | scm_scores(adata, model, seconds)
+        others = [other for other, _ in fitted if other is not model]
+        for threshold in (THRESHOLD, 0.1):
+            table = model.get_edge_stability(others, threshold=threshold)
+            row |= {f"edges_{threshold}": len(table), f"stable_{threshold}": table["stability"].mean()}
+            row |= {f"stable_undirected_{threshold}": table["stability_undirected"].mean()}
+        yield row | {"program_correlation": np.mean(list(table.attrs["program_correlation"].values()))}
 
 
 def load_or_train(adata: AnnData, config: Config, folder: Path | None) -> tuple[PerturbedVAE, float]:

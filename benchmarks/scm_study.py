@@ -24,12 +24,13 @@ import argparse
 import logging
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from scm_runs import COLUMNS, GRAPH, KEYS, THRESHOLD, probe_rows, scm_rows
+from scm_runs import COLUMNS, GRAPH, KEYS, STABILITY, THRESHOLD, probe_rows, scm_rows, stability_rows
 
 PAPER = {"paper, no alignment": (0.81, 0.93, 0.66), "paper, alignment": (0.86, 0.95, 0.97)}
 
@@ -38,7 +39,7 @@ def run_missing(options: argparse.Namespace) -> None:
     keys = ["study", "seed"] if options.study == "probe" else list(KEYS)
     for seed in options.seeds:
         done = set(map(tuple, _read(options.out, keys)[keys].to_numpy()))
-        rows = probe_rows if options.study == "probe" else lambda *a: scm_rows(options.study, *a)
+        rows = {"probe": probe_rows, "stability": stability_rows}.get(options.study, partial(scm_rows, options.study))
         for row in rows(seed, options, done):
             new = pd.DataFrame([row]).astype(dict.fromkeys(keys, str))
             pd.concat([_read(options.out, keys), new]).to_csv(options.out, index=False)
@@ -60,14 +61,21 @@ def table(path: Path) -> str:
     """Return Markdown tables of all studies in the CSV: means with standard errors over seeds."""
     frame = pd.read_csv(path, dtype={"seed": str})
     if "representation" in frame:
-        return markdown(frame, ["representation"], ["accuracy", "chance", "kl_responsive", "kl_invariant"])
+        return markdown(
+            frame,
+            ["representation"],
+            ["accuracy", "chance", "balanced_accuracy", "balanced_chance", "kl_responsive", "kl_invariant"],
+        )
     parts = []
     for study, part in frame[frame["study"] != "reference"].groupby("study", sort=False):
-        names = [k for k in KEYS[3:] if part[k].nunique() > 1]
+        names = [k for k in KEYS[2:] if part[k].nunique() > 1]
         rows = frame[frame["study"].isin([study, "reference"])] if study == "identifiability" else part
-        parts += [f"**{study}**", markdown(rows, names or ["study"], [*COLUMNS])]
+        parts += [f"**{study}**", markdown(rows, names, [*COLUMNS] if study != "stability" else [*COLUMNS, *STABILITY])]
         if study == "identifiability":
-            parts += [per_seed(part), graph_table(part)]
+            paper = pd.DataFrame([[k, *map(_number, v)] for k, v in PAPER.items()], columns=["", *COLUMNS[:3]])
+            parts += [lines(paper), per_seed(part)]
+        if study in ("identifiability", "alignment"):
+            parts += [graph_table(part, names)]
     return "\n\n".join(parts)
 
 
@@ -93,15 +101,15 @@ def per_seed(part: pd.DataFrame) -> str:
     return lines(rows.map(_number).reset_index())
 
 
-def graph_table(part: pd.DataFrame) -> str:
+def graph_table(part: pd.DataFrame, names: list[str]) -> str:
     """Return edges pooled over seeds, beside what as many edges between random programs would score."""
     rows = []
-    for pairing, group in part.groupby("pairing", sort=False):
+    for run, group in part.groupby(names, sort=False):
         n, total = len(group), group[list(GRAPH)].sum()
         pairs = 4 * 3  # ordered pairs of programs
         rows.append(
             {
-                "pairing": pairing,
+                "run": ", ".join(map(str, run)),
                 "true edges": total["n_true"],
                 f"edges above {THRESHOLD}": total["n_edges"],
                 "right": total["n_right"],
