@@ -71,7 +71,7 @@ def configs(study: str, seed: int) -> Iterator[Config]:
             yield Config(study, seed, alignment=alignment, pairing=pairing, weight=weight)
     elif study == "stability":
         for training_seed in (0, 1, 2):
-            yield Config(study, seed, training_seed)
+            yield Config(study, seed, training_seed, length="short")
     elif study == "alignment":
         for kl_weight in (1e-3, 1e-2):
             common = {"kl_weight": kl_weight, "length": "short"}
