@@ -73,9 +73,7 @@ def table(path: Path) -> str:
         parts += [f"**{study}**", markdown(rows, names, [*COLUMNS] if study != "stability" else [*COLUMNS, *STABILITY])]
         if study == "identifiability":
             paper = pd.DataFrame([[k, *map(_number, v)] for k, v in PAPER.items()], columns=["", *COLUMNS[:3]])
-            parts += [lines(paper), per_seed(part)]
-        if study in ("identifiability", "alignment"):
-            parts += [graph_table(part, names)]
+            parts += [lines(paper), per_seed(part), graph_table(part)]
     return "\n\n".join(parts)
 
 
@@ -101,15 +99,15 @@ def per_seed(part: pd.DataFrame) -> str:
     return lines(rows.map(_number).reset_index())
 
 
-def graph_table(part: pd.DataFrame, names: list[str]) -> str:
+def graph_table(part: pd.DataFrame) -> str:
     """Return edges pooled over seeds, beside what as many edges between random programs would score."""
     rows = []
-    for run, group in part.groupby(names, sort=False):
+    for pairing, group in part.groupby("pairing", sort=False):
         n, total = len(group), group[list(GRAPH)].sum()
         pairs = 4 * 3  # ordered pairs of programs
         rows.append(
             {
-                "run": ", ".join(map(str, run)),
+                "pairs": pairing,
                 "true edges": total["n_true"],
                 f"edges above {THRESHOLD}": total["n_edges"],
                 "right": total["n_right"],
