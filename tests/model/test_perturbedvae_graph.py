@@ -70,9 +70,7 @@ def permute(model, order):
         for parameter in networks["context"][-1].parameters():
             parameter.copy_(parameter.unflatten(0, (D, N_INVARIANT))[rows].flatten(0, 1))
         for parameter in networks["weights"][-1].parameters():
-            square = parameter.unflatten(0, (D, D))[rows][:, rows]
-            assert not square.flatten(2).permute(2, 0, 1).triu(0).any() if square.ndim > 2 else not square.triu(0).any()
-            parameter.copy_(square.flatten(0, 1))
+            parameter.copy_(parameter.unflatten(0, (D, D))[rows][:, rows].flatten(0, 1))
         for parameter in head.parameters():
             parameter.copy_(parameter[torch.cat([rows, D + rows])])
         columns = torch.cat([torch.arange(N_INVARIANT), N_INVARIANT + rows])

@@ -180,6 +180,12 @@ def test_the_discrepancy_is_that_of_cells_predicted_from_their_partners(screen, 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 
 
+def full_gaussian(inverse, center, variance):
+    """The responsive variables of cells as Gaussians, through ``(I - weights)^-1``."""
+    mean = (inverse @ center[..., None])[..., 0]
+    return MultivariateNormal(mean, inverse @ torch.diag_embed(variance) @ inverse.transpose(1, 2))
+
+
 @pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
 def test_importance_weights_are_ratios_of_full_densities(screen, likelihood, monkeypatch):
     """The responsive variables' densities go through their full covariances, at the draws of the bound."""
@@ -205,18 +211,13 @@ def test_importance_weights_are_ratios_of_full_densities(screen, likelihood, mon
         mean, variance, weight, context = (value.double() for value in latent.mechanism)
         state, response = latent.z_basal[0].double(), latent.z_responsive[0].double()
         inverse = torch.linalg.inv(torch.eye(D, dtype=torch.float64) - weight)
+        center = mean + (context @ state[..., None])[..., 0]
         assert (weight.abs().amax(dim=(1, 2)) > 0.2).all()
 
-        def density(shift, of_noise):
-            center = (inverse @ (shift + mean + (context @ state[..., None])[..., 0])[..., None])[..., 0]  # noqa: B023
-            covariance = inverse @ torch.diag_embed(of_noise) @ inverse.transpose(1, 2)  # noqa: B023
-            return MultivariateNormal(center, covariance).log_prob(response)  # noqa: B023
-
-        prior = density(torch.zeros_like(mean), variance) + Normal(0.0, 1.0).log_prob(state).sum(-1)
-        posterior = density(latent.q_noise.loc[0].double(), latent.q_noise.scale[0].double().square())
-        posterior = posterior + Normal(*(v[0].double() for v in (latent.q_basal.loc, latent.q_basal.scale))).log_prob(
-            state
-        ).sum(-1)
+        loc, std = (value[0].double() for value in (latent.q_noise.loc, latent.q_noise.scale))
+        q_state = Normal(*(value[0].double() for value in (latent.q_basal.loc, latent.q_basal.scale)))
+        prior = full_gaussian(inverse, center, variance).log_prob(response) + Normal(0.0, 1.0).log_prob(state).sum(-1)
+        posterior = full_gaussian(inverse, center + loc, std**2).log_prob(response) + q_state.log_prob(state).sum(-1)
         features = module.decoder.hidden(torch.cat([state, response, batch], dim=-1).float())
         output = (features @ module.decoder.output.weight.T + module.decoder.output.bias).double().detach()
         x = inputs["x"].double()
