@@ -576,7 +576,7 @@ def test_backed_data_with_batches_and_a_random_split(screen, tmp_path):
     backed = read_h5ad(tmp_path / "screen.h5ad", backed="r+")
     PerturbedVAE.setup_anndata(backed, perturbation_key="perturbation", batch_key="batch")
     model = PerturbedVAE(backed, control_pairing="within:batch", **SIZES)
-    model.train(max_epochs=1, train_size=0.9, enable_progress_bar=False)
+    model.train(max_epochs=1, train_size=0.9, batch_size=50, enable_progress_bar=False)
     assert model.get_generated_expression("G01", n_samples=3).n_obs == 3
     cells = model.libraries_["cell"]
     order = np.argsort(cells)
