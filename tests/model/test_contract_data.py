@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 HELD_OUT, NEW = "G02+G04", "G01+G03"
 

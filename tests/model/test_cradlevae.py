@@ -17,7 +17,7 @@ from scvi_cradle import CradleVAE, datasets, presets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 SETUP = {"perturbation_key": "perturbation", "artifact_key": "true_artifact"}
 

@@ -12,7 +12,7 @@ from scvi_cradle import CradleVAE, datasets, pp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 SETUP = {"perturbation_key": "perturbation", "artifact_key": "artifact"}
 CRITERIA = ("total_counts", "n_genes", "pct_mt", "pct_ribo", "pct_hb")

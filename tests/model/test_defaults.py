@@ -74,7 +74,7 @@ def test_models_without_additive_effects_keep_50(model):
 
 
 @pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning")  # one step
-@pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning")
+@pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning")
 def test_a_saved_model_keeps_its_size_when_the_rule_changes(tmp_path, monkeypatch):
     model = SAMSVAE(registered(SAMSVAE, screen(30, 120)), n_hidden=8)
     model.train(max_steps=1, enable_progress_bar=False)

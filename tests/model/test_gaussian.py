@@ -90,7 +90,12 @@ def test_counterfactuals_and_bounds_of_values(model, simulated):
     truth = simulated.uns["truth"]["effects"].loc[label]
     assert np.corrcoef((moved - own).mean(0), truth)[0, 1] > 0.9
     assert np.isfinite(model.get_iwelbo(indices=cells, n_particles=3)).all()
-    assert set(model.get_diagnostics()) == {"kl_basal", "variance_ratio", "state_variance_ratio"}
+    assert set(model.get_diagnostics()) == {
+        "kl_basal",
+        "variance_ratio",
+        "expected_variance_ratio",
+        "state_variance_ratio",
+    }
 
 
 def test_a_loaded_model_gives_the_same_values(model, simulated, tmp_path):

@@ -27,6 +27,9 @@ def permuted_partners(obs, rng):
 def scores(adata, partner_key, with_seed):
     """Train without alignment or with the partners in a column; return R2 of the invariant block, and the leak."""
     PerturbedVAE.setup_anndata(adata, perturbation_key="perturbation")
+    alignment = {"alignment": "none"}
+    if partner_key:
+        alignment = {"alignment_weight": 0.05, "control_pairing": "shared", "control_partner_key": partner_key}
     with with_seed(0):
         model = PerturbedVAE(
             adata,
@@ -36,10 +39,7 @@ def scores(adata, partner_key, with_seed):
             n_hidden=64,
             kl_weight_responsive=1e-3,
             kl_weight_invariant=1e-3,
-            alignment="l2" if partner_key else "none",
-            alignment_weight=0.05,
-            control_pairing="shared" if partner_key else "random",
-            control_partner_key=partner_key,
+            **alignment,
         )
         model.train(
             max_epochs=40,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
+from lightning.pytorch.callbacks import Callback
 
 from scvi_cradle import PerturbedVAE, datasets, metrics, presets
 from scvi_cradle._matrix import log_normalize
@@ -15,7 +16,7 @@ from scvi_cradle.train import PairedTrainingPlan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The invariant variables are unused:UserWarning"),  # short training
-    pytest.mark.filterwarnings("ignore:Generated cells of a perturbation are close:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells of one label are close:UserWarning"),
 ]
 KEYS = {"perturbation_key": "perturbation", "layer": "log"}
 SIZES = {"n_latent_responsive": 4, "n_latent_invariant": 6, "n_hidden": 24}
@@ -118,6 +119,9 @@ def test_open_weights_of_divergences_are_four_times_those_of_a_gaussian_bound(mo
         ({"n_epochs_align_warmup": (5, 2)}, "`n_epochs_align_warmup` must be the first"),
         ({"control_pairing": "ot"}, "`control_pairing` must be one of"),
         ({"control_pairing": "shared"}, "`control_partner_key` names the column"),
+        ({"alignment": "none", "alignment_weight": 3.0}, "`alignment_weight` has no meaning with alignment='none'"),
+        ({"alignment": "none", "control_pairing": "fixed"}, "`control_pairing` has no meaning"),
+        ({"sample_latents": "no"}, "`sample_latents` must be one of True, False"),
         ({"preset": "published"}, "`preset` must be one of"),
         ({"likelihood": "nb"}, "needs raw counts"),
     ],
@@ -232,6 +236,8 @@ def test_the_partners_mean_can_be_kept_out_of_the_gradient(screen):
 def test_warm_ups(screen):
     model = built(screen, **SIZES)
     plan = PairedTrainingPlan(model.module)
+    with pytest.raises(ValueError, match="`n_epochs_kl_warmup` must be the first and the last epoch"):
+        PairedTrainingPlan(model.module, n_epochs_kl_warmup=10)
     ramps = {}
     for name in ("kl_weight", "alignment_ramp"):
         plan.warmups[name] = ((10, 50) if name == "kl_weight" else (5, 50), None)
@@ -251,17 +257,24 @@ def test_default_warm_ups_are_shares_of_the_run(screen, monkeypatch):
 
     def spy(plan, *args):
         loss = step(plan, *args)
-        seen.append((plan.current_epoch, plan.loss_kwargs["kl_weight"], plan.loss_kwargs["alignment_ramp"]))
+        now = plan.current_epoch, plan.global_step / plan.trainer.estimated_stepping_batches
+        seen.append((*now, plan.loss_kwargs["kl_weight"], plan.loss_kwargs["alignment_ramp"]))
         return loss
 
     monkeypatch.setattr(PairedTrainingPlan, "training_step", spy)
     fit(screen, epochs=20)
-    epoch, kl, alignment = np.array(seen).T
-    np.testing.assert_allclose(kl, np.clip((epoch - 2) / 8, 0, 1))
-    np.testing.assert_allclose(alignment, np.clip((epoch - 1) / 9, 0, 1))
+    _, share, kl, alignment = np.array(seen).T
+    np.testing.assert_allclose(kl, np.clip((share - 0.1) / 0.4, 0, 1))
+    np.testing.assert_allclose(alignment, np.clip((share - 0.05) / 0.45, 0, 1))
     seen.clear()
     fit(screen, epochs=2, n_epochs_kl_warmup=(0, 0), n_epochs_align_warmup=(0, 4))
-    np.testing.assert_allclose(np.array(seen).T[1:], [np.ones(len(seen)), np.array(seen)[:, 0] / 4])
+    np.testing.assert_allclose(np.array(seen).T[2:], [np.ones(len(seen)), np.array(seen)[:, 0] / 4])
+    seen.clear()  # a budget of steps in batches of one label, which are more than cells / batch size
+    adata = screen.copy()
+    PerturbedVAE.setup_anndata(adata, **KEYS)
+    PerturbedVAE(adata, alignment="mmd", **SIZES).train(max_steps=12, batch_size=200, **QUIET)
+    assert len(seen) == 12
+    assert seen[-1][2:] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -498,6 +511,73 @@ def test_leakage_tells_a_block_that_holds_the_label(screen):
         model.get_perturbation_leakage(indices=[0, 1, 2])
 
 
+def test_programs_of_many_controls_are_those_of_all(known, monkeypatch):
+    """Context moments are weighted samples of the pool, whatever the order of its rows."""
+    everything = known.get_latent_programs(["G02"])
+    states = known.libraries_["state_mean"]
+    monkeypatch.setattr("scvi_cradle.model._causal.MAX_CELLS", 40)
+    order = np.argsort(states[:, 0])
+    pool = {k: v[order] for k, v in known.libraries_.items()}
+    monkeypatch.setattr(known, "libraries_", pool)
+    some = known.get_latent_programs(["G02"])
+    error = 3 * states[:, 0].std() / np.sqrt(40)
+    assert some.layers["context_mean"][0, 0] == pytest.approx(everything.layers["context_mean"][0, 0], abs=3 * error)
+
+
+def test_nothing_that_responds_is_shared_in_full(known):
+    programs = known.get_latent_programs("control")
+    assert (programs.X == 0).all()
+    assert programs.obs["shared_fraction"].tolist() == [1.0]
+
+
+# ---- interruption, storage ------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_stops_leaves_a_model_that_answers(screen):
+    class Stop(Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("stop")
+
+    model = fit(screen, epochs=1)
+    with pytest.raises(RuntimeError, match="stop"):
+        model.train(max_epochs=2, callbacks=[Stop()], **QUIET)
+    cells = model.get_generated_expression("G01", n_samples=4, seed=0)
+    assert np.isfinite(cells.X).all()
+    expected = model.get_latent_representation(indices=model.libraries_["cell"], component="invariant")
+    np.testing.assert_allclose(model.libraries_["state_mean"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_backed_data_with_batches_and_a_random_split(screen, tmp_path):
+    adata = AnnData(screen.layers["log"], obs=screen.obs[["perturbation", "batch"]])
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    backed = read_h5ad(tmp_path / "screen.h5ad", backed="r+")
+    PerturbedVAE.setup_anndata(backed, perturbation_key="perturbation", batch_key="batch")
+    model = PerturbedVAE(backed, control_pairing="within:batch", **SIZES)
+    model.train(max_epochs=1, train_size=0.9, batch_size=50, enable_progress_bar=False)
+    assert model.get_generated_expression("G01", n_samples=3).n_obs == 3
+    cells = model.libraries_["cell"]
+    order = np.argsort(cells)
+    expected = model.get_latent_representation(indices=cells[order], component="invariant")
+    np.testing.assert_allclose(model.libraries_["state_mean"][order], expected, rtol=1e-5, atol=1e-6)
+    backed.file.close()
+
+
+def test_early_stopping_follows_the_objective_after_the_warm_ups(screen):
+    adata = screen.copy()
+    PerturbedVAE.setup_anndata(adata, **KEYS)
+    model = PerturbedVAE(adata, **SIZES)
+    model.train(max_epochs=12, early_stopping=True, early_stopping_patience=1, lr=0.05, **QUIET)
+    stopping = model.trainer.early_stopping_callback
+    assert stopping.monitor == "validation_loss"
+    assert len(model.history["validation_loss"]) >= 6
+
+
+def test_means_of_latents_in_counterfactuals(screen):
+    model = fit(screen, epochs=1, sample_latents=False)
+    one, two = (model.get_counterfactual_expression(indices=np.arange(5), perturbation="G02", seed=s) for s in (0, 1))
+    np.testing.assert_array_equal(one.X, two.X)
+
+
 # ---- collapse -------------------------------------------------------------------------------------------------------
 
 
@@ -512,9 +592,20 @@ def test_collapses_are_warned_of(screen):
     assert any("invariant variables are unused: KL" in t and "lower `kl_weight_invariant`" in t for t in texts)
     assert any("close to one mean" in t and "(to 1e-4, say)" in t for t in texts)
     diagnostics = model.diagnostics_
-    assert set(diagnostics) == {"kl_invariant", "kl_responsive", "variance_ratio", "state_variance_ratio"}
+    assert set(diagnostics) == {"kl_invariant", "kl_responsive", "variance_ratio", "expected_variance_ratio"}
+    assert diagnostics["expected_variance_ratio"] == pytest.approx(diagnostics["variance_ratio"], rel=0.3)
     assert diagnostics["kl_invariant"] < 0.1
     assert diagnostics["variance_ratio"] < 0.1
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
+def test_collapses_hide_behind_observation_noise(screen, likelihood):
+    """Generated cells vary as real ones do, by noise alone."""
+    keys = {"perturbation_key": "perturbation"} if likelihood == "nb" else KEYS
+    model = fit(screen, 0, 20, keys=keys, likelihood=likelihood, kl_weight_responsive=100.0, kl_weight_invariant=100.0)
+    assert model.diagnostics_["variance_ratio"] > 0.3
+    assert model.diagnostics_["expected_variance_ratio"] < 0.02
+    assert any("close to one mean" in text for text in model._diagnostic_warnings(model.diagnostics_))
 
 
 def test_a_model_that_has_not_collapsed_is_not_warned_of(screen):

@@ -13,7 +13,7 @@ from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus, pr
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 SMALL = {"n_latent": 4, "n_hidden": 8, "embedding_n_hidden": 8, "embedding_n_layers": 2}
 TINY = {"n_latent": 4, "n_hidden": 8}

@@ -11,7 +11,7 @@ from scvi_cradle.model import _effects
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 ASK = {"n_particles": 10, "seed": 0}
 

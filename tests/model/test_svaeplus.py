@@ -11,7 +11,7 @@ from scvi_cradle.module.base import Pairs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
-    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of a perturbation are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
 ]
 KEYS = {"perturbation_key": "perturbation"}
 

@@ -165,7 +165,7 @@ def _named_partners(adata: AnnData, key: str, train: np.ndarray, val: np.ndarray
         partner = of_cell[part]
         wrong = (partner < 0) | ~is_control[partner] | ~allowed[partner]
         if wrong.any():
-            msg = f"`obs[{key!r}]` must name a control cell among the {where} cells for every {'training' if part is train else 'validation'} cell; received {preview(names.iloc[part[wrong]])}."
+            msg = f"`obs[{key!r}]` must name a control cell among the {where} cells for every {'training' if part is train else 'validation'} cell; received {preview(names.iloc[part[wrong]])}: name training controls, and use a `split_key` that never parts partners."
             raise ValueError(msg)
     return of_cell
 

@@ -16,6 +16,7 @@ from scvi_cradle._matrix import to_csr
 
 MAX_LIBRARIES = 10_000
 MAX_REFERENCE_CELLS = 1_000
+MIN_VARIANCE = 1e-12  # below it a gene is constant
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class TrainingStatistics:
     ----------
     input_mean, input_std
         Moments of ``log(1 + x)`` (or of ``x``) per gene, shape ``(n_genes,)``; the standard deviation of a constant gene is 1.
+    input_variance
+        Variance of the same values per gene, 0 for a constant gene, shape ``(n_genes,)``.
     gene_share
         Share of all counts that falls on each gene, shape ``(n_genes,)``.
     n_obs_per_treatment, n_obs_per_label
@@ -43,6 +46,7 @@ class TrainingStatistics:
 
     input_mean: np.ndarray
     input_std: np.ndarray
+    input_variance: np.ndarray
     gene_share: np.ndarray
     n_obs_per_treatment: np.ndarray
     n_obs_per_label: np.ndarray
@@ -90,13 +94,14 @@ def training_statistics(
     matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
-    mean, std, share, totals = _moments(matrix, train_indices, log=log)
+    mean, variance, share, totals = _moments(matrix, train_indices, log=log)
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
     labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng)
     return TrainingStatistics(
         input_mean=mean,
-        input_std=std,
+        input_std=np.where(variance > MIN_VARIANCE, np.sqrt(variance), 1.0),
+        input_variance=variance,
         gene_share=share,
         n_obs_per_treatment=_treatment_counts(manager, train_indices, codes, members, n_treatments),
         n_obs_per_label=np.bincount(codes, minlength=n_labels),
@@ -143,8 +148,12 @@ def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096, *, log: b
     n = len(indices)
     mean = first / n
     variance = np.maximum(second - n * mean**2, 0.0) / max(n - 1, 1)
-    std = np.where(variance > 1e-12, np.sqrt(variance), 1.0)
-    return mean, std, counts / max(counts.sum(), 1.0), np.concatenate(totals)
+    return (
+        mean,
+        np.where(variance > MIN_VARIANCE, variance, 0.0),
+        counts / max(counts.sum(), 1.0),
+        np.concatenate(totals),
+    )
 
 
 def _treatment_counts(

@@ -19,7 +19,7 @@ from scvi_cradle._validation import check_positive
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._control_pairs import ControlPairsMixin
 from scvi_cradle.model._draws import as_module_input, covariate_tensors
-from scvi_cradle.module.base import Mechanism, solve_in_order
+from scvi_cradle.module.base import Mechanism, solve_columns, solve_in_order
 
 MAX_CELLS = 2_000
 MIN_PROBED = 5
@@ -61,9 +61,11 @@ class CausalMixin(ControlPairsMixin):
         weight, strength = self._mean_weights()
         names = self._program_names()
         graph = nx.DiGraph(threshold=float(threshold))
-        treatments = self.get_latent_programs(self._alone()).obs["program"].astype(str) if self._alone() else {}
+        members: dict[str, list[str]] = {name: [] for name in names}
+        for treatment, program in self._main_programs().items():
+            members[program].append(treatment)
         for name in names:
-            graph.add_node(name, treatments=", ".join(t for t in self._alone() if treatments[t] == name))
+            graph.add_node(name, treatments=", ".join(members[name]))
         for target, source in zip(*np.nonzero(strength > threshold), strict=True):
             graph.add_edge(
                 names[source],
@@ -105,8 +107,14 @@ class CausalMixin(ControlPairsMixin):
         Raises
         ------
         ValueError
-            If there is no replicate, or if one has other genes or another number of programs.
+            If there is no replicate, or if one has other genes, other treatments or another number of programs.
+        TypeError
+            If a model is given in place of a list of them.
         """
+        check_positive("threshold", threshold, allow_zero=True)
+        if isinstance(replicates, CausalMixin):
+            msg = f"`replicates` must be a list of trained models; received one {type(replicates).__name__}: put it in brackets."
+            raise TypeError(msg)
         if not replicates:
             msg = "`replicates` must hold at least one trained model; received none: train models with other seeds."
             raise ValueError(msg)
@@ -116,15 +124,12 @@ class CausalMixin(ControlPairsMixin):
         own = self.get_latent_representation(indices=cells, component="responsive")
         directed, undirected, correlations = [], [], []
         for other in replicates:
-            if (
-                not isinstance(other, type(self))
-                or other._genes != self._genes
-                or len(self._program_names()) != (other.module.n_responsive)
-            ):
-                msg = f"Replicates must be trained models with the same genes and as many programs; received {type(other).__name__}: build them with the same arguments."
+            if not isinstance(other, type(self)) or other._identity != self._identity:
+                msg = f"Replicates must be models with the same genes and treatments and as many programs; received a {type(other).__name__} with others: build them with the same arguments."
                 raise ValueError(msg)
             theirs = other.get_latent_representation(self.adata, cells, component="responsive")
-            size = np.abs(np.nan_to_num(np.corrcoef(own.T, theirs.T)[: own.shape[1], own.shape[1] :]))
+            with np.errstate(divide="ignore", invalid="ignore"):  # a program may be constant
+                size = np.abs(np.nan_to_num(np.corrcoef(own.T, theirs.T)[: own.shape[1], own.shape[1] :]))
             match = linear_sum_assignment(size, maximize=True)[1]
             correlations.append(size[np.arange(len(match)), match])
             edges = other._mean_weights()[1][np.ix_(match, match)] > threshold
@@ -169,55 +174,59 @@ class CausalMixin(ControlPairsMixin):
         deviation of the difference of modulations over the training controls (at most 2,000); ``layers["noise_std"]``:
         standard deviation of the response given the context; ``obs["program"]``: the program with the largest shared
         effect; ``obs["shared_fraction"]``: the shared part of the mean squared response, 1 where the context does not
-        matter. ``varm["genes"]`` (programs x genes, a DataFrame): change of the output (log2 of a gene's share for counts,
-        else its value) when the program moves by one standard deviation of its values over the perturbations,
-        from the mean control cell.
+        matter (or nothing responds). ``varm["genes"]`` (programs x genes, a DataFrame): change of the output (log2 of a gene's share for counts,
+        else its value) when the program moves, from the mean control cell, by one standard deviation of its shared effects
+        over the perturbations and of its noise.
         """
         control = self._rule.control_name
         labels = [x for x in self._requested_labels(perturbations) if perturbations is not None or x != control]
-        pool = self._library_pool
-        rows = np.arange(len(pool["cell"]))[:MAX_CELLS]
-        states = torch.as_tensor(pool["state_mean"][rows], device=self.module.device)
+        rows = self._pool_sample()
+        states = torch.as_tensor(self._library_pool["state_mean"][rows], device=self.module.device)
         mechanism = self._mechanism([control, *labels])
         shared = solve_in_order(mechanism.weights, mechanism.mean)  # (n + 1, d)
-        context = torch.stack(
-            [self._context(mechanism, i, states) for i in range(len(labels) + 1)]
-        )  # (n + 1, cells, d)
+        context = mechanism.reduced_context()  # (n + 1, d, n_invariant)
         change, moved = shared[1:] - shared[0], context[1:] - context[0]
-        identity = torch.eye(self.module.n_responsive, device=states.device)
-        inverse = solve_in_order(mechanism.weights[:, None], identity).transpose(1, 2)  # columns of A^-1
+        centred = states - states.mean(0)
+        covariance = centred.T @ centred / len(states)
+        context_mean = moved @ states.mean(0)
+        context_variance = torch.einsum("tij,jk,tik->ti", moved, covariance, moved).clamp_min(0.0)
+        inverse = solve_columns(mechanism.weights, torch.eye(self.module.n_responsive, device=states.device))
         noise = (inverse.square() @ mechanism.variance[..., None])[..., 0].sqrt()
-        second = change.square().sum(-1) + moved.square().sum(-1).mean(-1)
+        shared_square = change.square().sum(-1)
+        square = shared_square + (context_mean.square() + context_variance).sum(-1)
         names = self._program_names()
         effects = change.cpu().numpy()
         obs = pd.DataFrame(
             {
                 "program": pd.Categorical.from_codes(np.abs(effects).argmax(1), names),
-                "shared_fraction": (change.square().sum(-1) / second.clamp_min(1e-12)).cpu().numpy(),
+                "shared_fraction": torch.where(square > 0, shared_square / square, 1.0).cpu().numpy(),
             },
             index=pd.Index(labels, dtype=str),
         )
         result = AnnData(effects, obs=obs, var=pd.DataFrame(index=names), uns={CONTROL_UNS_KEY: control})
-        result.layers["context_mean"] = moved.mean(1).cpu().numpy()
-        result.layers["context_std"] = moved.std(1, unbiased=False).cpu().numpy()
+        result.layers["context_mean"] = context_mean.cpu().numpy()
+        result.layers["context_std"] = context_variance.sqrt().cpu().numpy()
         result.layers["noise_std"] = noise[1:].cpu().numpy()
-        spread = (shared.var(0, unbiased=False) + noise.square().mean(0)).sqrt()
-        start = shared[0] + context[0].mean(0)
-        result.varm["genes"] = self._gene_loadings(states.mean(0), start, spread, rows)
+        step = (shared.var(0, unbiased=False) + noise.square().mean(0)).sqrt()
+        start = shared[0] + context[0] @ states.mean(0)
+        result.varm["genes"] = self._gene_loadings(states.mean(0), start, step, rows)
         return result
 
-    def _context(self, mechanism: Mechanism, row: int, states: Tensor) -> Tensor:
-        one = Mechanism(*(value[row] for value in mechanism))
-        return solve_in_order(one.weights, one.modulation(states))
+    def _pool_sample(self) -> np.ndarray:
+        """Return rows of the pool, at most 2,000, that stand for the training controls."""
+        weight = self._library_pool["weight"]
+        if len(weight) <= MAX_CELLS:
+            return np.arange(len(weight))
+        return np.sort(np.random.default_rng(0).choice(len(weight), MAX_CELLS, replace=False, p=weight / weight.sum()))
 
-    def _gene_loadings(self, state: Tensor, start: Tensor, spread: Tensor, rows: np.ndarray) -> pd.DataFrame:
-        """Return the change of the output along every program, programs x genes."""
-        d, module = len(spread), self.module
-        steps = torch.cat([start[None], start + spread.diag()])
+    def _gene_loadings(self, state: Tensor, start: Tensor, step: Tensor, rows: np.ndarray) -> pd.DataFrame:
+        """Return the change of the output along every program, programs x genes, at the mean of the covariates."""
+        d, module = len(step), self.module
+        steps = torch.cat([start[None], start + step.diag()])
         parts = {"invariant": state.expand(1, d + 1, -1), "responsive": steps[None]}
-        tensors = as_module_input(covariate_tensors(self._library_pool, rows[:1]), module.device)
+        tensors = as_module_input(covariate_tensors(self._library_pool, rows), module.device)
         module.eval()
-        output = module.decoder(parts, module.covariates(tensors).expand(d + 1, -1))[0]
+        output = module.decoder(parts, module.covariates(tensors).mean(0).expand(d + 1, -1))[0]
         if module.decoder.likelihood.counts:
             output = torch.log_softmax(output, dim=-1) / np.log(2)
         return pd.DataFrame((output[1:] - output[0]).cpu().numpy(), index=self._program_names(), columns=self._genes)
@@ -250,6 +259,7 @@ class CausalMixin(ControlPairsMixin):
         self._trained_counts()
         data = self._validate_anndata(adata)
         positions = self._probed_cells() if adata is None and indices is None else check_indices(indices, data)
+        positions = np.unique(positions)  # no cell on both sides
         labels = np.asarray(self._observed_labels(data, positions)).astype(str)
         found = pd.Series(labels).value_counts()
         frequent = sorted(found.index[found >= MIN_PROBED])
@@ -285,14 +295,23 @@ class CausalMixin(ControlPairsMixin):
 
     # ---- the causal model -------------------------------------------------------------------------------------------
 
+    @property
+    def _identity(self) -> tuple[list[str], tuple[str, ...], int]:
+        """What replicates have in common."""
+        return self._genes, self._table.treatments, self.module.n_responsive
+
     def _program_names(self) -> list[str]:
         n = self.module.n_responsive
         return [f"program_{i + 1:0{max(2, len(str(n)))}d}" for i in range(n)]
 
-    def _alone(self) -> list[str]:
-        """Return treatments with training cells of their own."""
-        counts = self._trained_counts()
-        return [t for t in self._table.treatments if counts.get(t)]
+    def _main_programs(self) -> dict[str, str]:
+        """Return the program with the largest shared effect of every treatment with training cells of its own."""
+        counts, names = self._trained_counts(), self._program_names()
+        alone = [t for t in self._table.treatments if counts.get(t)]
+        mechanism = self._mechanism([self._rule.control_name, *alone])
+        shared = solve_in_order(mechanism.weights, mechanism.mean)
+        largest = (shared[1:] - shared[0]).abs().argmax(1).tolist()
+        return {treatment: names[i] for treatment, i in zip(alone, largest, strict=True)}
 
     def _mechanism(self, labels: Sequence[str]) -> Mechanism:
         """Return the mechanisms of canonical labels."""

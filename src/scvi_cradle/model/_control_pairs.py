@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from scvi_cradle.data import PairedSplitter, find_partners, pool_of_cells
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._generation import Output, Request
 from scvi_cradle.model._training import TrainingMixin
-from scvi_cradle.train import PairedTrainingPlan
+from scvi_cradle.train import ALIGN_WARMUP, KL_WARMUP, PairedTrainingPlan
 
 STATES = ("state_mean", "state_std")
 
@@ -47,19 +48,35 @@ class ControlPairsMixin(TrainingMixin):
     def _sources(self) -> np.ndarray:
         return np.array(self._table.labels) == self._rule.control_name
 
+    def _stopping_arguments(self, max_epochs: int) -> dict[str, Any]:
+        """Follow the objective, in which the divergences have their weights, from the end of the warm-ups on."""
+        return {
+            "early_stopping_monitor": "validation_loss",
+            "early_stopping_warmup_epochs": math.ceil(max(KL_WARMUP[1], ALIGN_WARMUP[1]) * max_epochs),
+        }
+
     def _diagnose(self) -> None:
         """Keep the states of training controls, which generation starts from, and compute the diagnostics."""
-        self.libraries_ = self._library_pool | self._states(self.adata, self._library_pool["cell"])
+        self._library_pool  # noqa: B018 - encodes them
         super()._diagnose()
+
+    @property
+    def _library_pool(self) -> dict[str, np.ndarray]:
+        """Training controls with their states, which are encoded when a training has ended, in whatever way."""
+        pool = self.libraries_ or {}
+        if pool and STATES[0] not in pool:
+            pool = self.libraries_ = pool | self._states(self.adata, pool["cell"])
+        return pool
 
     @torch.inference_mode()
     def _states(self, data: Any, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Return mean and standard deviation of ``q(z_iota | x)`` of cells, each ``(n_cells, n_invariant)``."""
+        cells, inverse = np.unique(positions, return_inverse=True)  # backed data are read in their order
         means, stds = [], []
-        for _, latent in self._latent_batches(data, positions, None, n_samples=1, sample=False):
+        for _, latent in self._latent_batches(data, cells, None, n_samples=1, sample=False):
             means.append(latent.q_basal.loc[0].cpu().numpy())
             stds.append(latent.q_basal.scale[0].cpu().numpy())
-        return {"state_mean": np.concatenate(means), "state_std": np.concatenate(stds)}
+        return {"state_mean": np.concatenate(means)[inverse], "state_std": np.concatenate(stds)[inverse]}
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +102,7 @@ class ControlPairsMixin(TrainingMixin):
         noise = torch.randn((1, len(rows), module.n_latent), generator=generator, device=device)
         if not vary:
             mean = torch.as_tensor(pool["state_mean"].mean(0), device=device).expand_as(mean)
-        unit = noise if vary and self._architecture["sample_latents"] else torch.zeros_like(noise)
+        unit = noise if vary and self._draws_latents else torch.zeros_like(noise)
         state, responsive = unit.split([module.n_invariant, module.n_responsive], dim=-1)
         return torch.cat([mean + std * state, responsive], dim=-1)
 

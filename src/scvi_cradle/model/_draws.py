@@ -61,7 +61,7 @@ def draw_libraries(
         eligible = np.flatnonzero(in_batch)  # the size is given, only covariates are drawn
     if not len(eligible):
         kind = "failed" if artifact else "passed"
-        msg = f"Library sizes are drawn from training cells that {kind} QC; received a request for which there is none{'' if batch is None else ' in this batch'}: train with such cells or ask for `artifact={not artifact}`."
+        msg = f"Library sizes are drawn from training cells that {kind} QC; received a request for which there is none{'' if batch is None else ' in this batch'}: {'ask for another batch' if batch is not None else f'train with such cells or ask for `artifact={not artifact}`'}."
         raise ValueError(msg)
     weight = pool["weight"][eligible]
     rows = rng.choice(eligible, n, p=weight / weight.sum())

@@ -94,6 +94,9 @@ class EffectsMixin(GenerationMixin):
         stack = as_stack(stack, method=method, library_size=library_size)
         control = self._rule.control_name
         labels = [x for x in self._requested_labels(perturbations) if perturbations is not None or x != control]
+        if not labels:
+            msg = f"Effects are those of perturbations with training cells; received a model that was trained on {control!r} alone: name perturbations."
+            raise ValueError(msg)
         shrunken = None
         if stack is not False:  # before anything is drawn: the data may be missing
             self._shrinkage = self._shrinkage or fit_shrinkage(self)

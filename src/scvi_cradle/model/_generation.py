@@ -190,7 +190,7 @@ class GenerationMixin(LabelledModel):
         for tensors in loader:
             tensors = as_module_input(tensors, self.module.device)
             inputs = self.module._get_inference_input(tensors)
-            outputs = self.module.inference(**inputs, n_samples=1, generator=generator)
+            outputs = self.module.inference(**inputs, n_samples=1, sample=self._draws_latents, generator=generator)
             n = len(inputs["x"])
             target = None if targets is None else self._pairs_of(targets[start : start + n])
             parts = self.module.intervene(
@@ -201,6 +201,11 @@ class GenerationMixin(LabelledModel):
             start += n
         obs = self._counterfactual_obs(data, positions, targets, artifact=bool(artifact))
         return _as_anndata(blocks, obs, self._genes, self._rule.control_name)
+
+    @property
+    def _draws_latents(self) -> bool:
+        """Whether latent variables are drawn, or taken at their means."""
+        return bool(self._architecture.get("sample_latents", True))
 
     def _target_labels(self, perturbation: str | Sequence[str] | None, n: int) -> list[str] | None:
         if perturbation is None:

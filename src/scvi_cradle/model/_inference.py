@@ -165,6 +165,8 @@ class InferenceMixin(LabelledModel):
     ) -> dict[str, Any]:
         """Return ``{"reconstruction_loss": ...}``: ``-log p(x | z)`` in nats, at draws of the posterior.
 
+        For ``likelihood="mse"`` of PerturbedVAE: the mean squared error over genes.
+
         Parameters
         ----------
         adata, indices, batch_size, dataloader, return_mean, n_particles

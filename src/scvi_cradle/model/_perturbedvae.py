@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
+from scvi_cradle._validation import check_one_of
 from scvi_cradle.data import TrainingStatistics, check_pairing, holds_counts
 from scvi_cradle.model._causal import CausalMixin
 from scvi_cradle.model._effects import EffectsMixin
@@ -20,7 +20,7 @@ TRAINING = ("n_epochs_kl_warmup", "n_epochs_align_warmup")
 MODEL_ONLY = ("control_pairing", "control_partner_key", "sample_latents", "output_bias", *TRAINING)
 KL_WEIGHTS = ("kl_weight_responsive", "kl_weight_invariant")
 COLLAPSE_NATS = 0.1
-MIN_VARIANCE_RATIO = {"mse": 0.1}
+MIN_VARIANCE_RATIO, MIN_VARIANCE_RATIO_BESIDE_NOISE = 0.1, 0.02  # of expected to real values
 BOUND_FACTOR = 4.0
 ALIGNMENT_WEIGHT = {"l2": 0.05, "mmd": 10.0, "none": 0.0}
 
@@ -78,7 +78,7 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         bound; 1 for the other likelihoods. The smaller they are, the more of the variation between cells is kept.
     n_epochs_kl_warmup, n_epochs_align_warmup
         ``(start, end)`` of linear warm-ups in epochs. Default: from 10 % (alignment: 5 %) to 50 % of the run, which is
-        (10, 50) and (5, 50) for 100 epochs.
+        (10, 50) and (5, 50) of 100 epochs.
     control_pairing
         Partners of cells: ``"random"``: a training control drawn anew in every epoch; ``"fixed"``: drawn
         once; ``"within:<column of obs>"``: drawn anew among controls of the same batch, cell type, ...; ``"shared"``:
@@ -140,6 +140,7 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         presets.check(architecture, likelihood=("mse", "gaussian", "nb"))
         for name in TRAINING:
             presets.check_warmup(name, architecture[name])
+        check_one_of("sample_latents", architecture["sample_latents"], (True, False))
         check_pairing(architecture["control_pairing"], control_partner_key)
         architecture |= {"control_partner_key": control_partner_key, "output_bias": "data"}
         self._architecture = architecture
@@ -154,6 +155,12 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
     def _resolve_weights(self, given: dict[str, Any]) -> None:
         """Set what was not given to what suits the likelihood and the partners."""
         settings, sums = self._architecture, self._architecture["likelihood"] != "mse"
+        idle = [name for name in ("alignment_weight", "control_pairing") if given[name] not in (None, 0.0, "random")]
+        if settings["alignment"] == "none" and idle:
+            msg = (
+                f"`{idle[0]}` has no meaning with alignment='none'; received {given[idle[0]]!r}: leave one of them out."
+            )
+            raise ValueError(msg)
         if settings["alignment"] is None:
             asked = settings["control_pairing"] != "random" or settings["alignment_weight"] is not None
             settings["alignment"] = "l2" if asked else "none"
@@ -168,8 +175,7 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         """Take weights of divergences that are left open from the data: four times those of a Gaussian bound."""
         super()._set_statistics(statistics, n_train)
         if not self.is_trained_:
-            variance = np.where(statistics.input_std == 1.0, 0.0, statistics.input_std**2)  # 1: a constant gene
-            weight = BOUND_FACTOR * 2.0 * float(variance.mean()) / len(self._genes)
+            weight = BOUND_FACTOR * 2.0 * float(statistics.input_variance.mean()) / len(self._genes)
             for i, name in enumerate(KL_WEIGHTS):
                 if self._architecture[name] is None:
                     self.module.kl_weights[i] = weight
@@ -184,10 +190,11 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
                 f"The invariant variables are unused: KL {value:.3g} nats, below {COLLAPSE_NATS}; lower "
                 f"`kl_weight_invariant`{aligned}, train longer, or take fewer responsive than invariant variables."
             )
-        ratio, least = diagnostics.get("variance_ratio"), MIN_VARIANCE_RATIO.get(self._architecture["likelihood"], 0.5)
+        ratio = diagnostics.get("expected_variance_ratio")
+        least = MIN_VARIANCE_RATIO if self._architecture["likelihood"] == "mse" else MIN_VARIANCE_RATIO_BESIDE_NOISE
         if ratio is not None and ratio < least:
             messages.append(
-                f"Generated cells of a perturbation are close to one mean: {ratio:.2g} of the real variance between cells, "
+                f"Generated cells of one label are close to one mean: {ratio:.2g} of the real variance between cells, "
                 f"below {least}; lower `kl_weight_invariant` and `kl_weight_responsive` (to 1e-4, say), or train longer."
             )
         return messages

@@ -36,7 +36,9 @@ class QualityMixin(GenerationMixin, InferenceMixin):
     def get_diagnostics(self, *, seed: int = 0) -> dict[str, float]:
         """Measure whether the basal state is in use, on at most 1,500 training cells.
 
-        Computed after every training (attribute ``diagnostics_``), with a warning below 0.1 nats and below 0.5.
+        Computed after every training (attribute ``diagnostics_``). There is a warning for a divergence below 0.1 nats and
+        for variance ratios below 0.5; for PerturbedVAE for ``kl_invariant`` below 0.1 nats and for
+        ``expected_variance_ratio`` below 0.1 (``"mse"``) or 0.02.
 
         Parameters
         ----------
@@ -49,7 +51,8 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         PerturbedVAE has ``kl_invariant`` and ``kl_responsive`` in their place;
         ``variance_ratio``: generated over real cell-to-cell variance of ``log2(1 + 1e4 x / sum(x))`` (or of values that
         are no counts) along the first ten principal components of QC-passed cells of the most frequent label (fitted on one half of them, measured on
-        the other); ``state_variance_ratio``: the same beyond counting noise, that is after taking from both the variance
+        the other, from 40 cells on); ``expected_variance_ratio``: the same for expected in the place of generated
+        expression, without observation noise; ``state_variance_ratio``: the first beyond counting noise, that is after taking from both the variance
         of cells that the model generates with one basal state. Both are left out when there are too few cells, the
         latter also when the noise is all there is, or none.
         """
@@ -90,8 +93,12 @@ class QualityMixin(GenerationMixin, InferenceMixin):
             .sum()
             for v in (True, False)
         )
-        result = {"variance_ratio": float(generated / real)}
-        if noise > 0 and real - noise > MIN_STATE_VARIANCE * real:
+        expected = self._prior_expression(self._table.labels[label], max(500, len(cells)), seed, sample=False) @ axes.T
+        result = {
+            "variance_ratio": float(generated / real),
+            "expected_variance_ratio": float(expected.var(0).sum() / real),
+        }
+        if noise > 1e-6 * real and real - noise > MIN_STATE_VARIANCE * real:
             result["state_variance_ratio"] = float((generated - noise) / (real - noise))
         return result
 
@@ -100,8 +107,13 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         values = to_csr(matrix)
         return np.asarray((log_normalize(values) if self.module.decoder.likelihood.counts else values).toarray())
 
-    def _prior_expression(self, label: str, n_samples: int, seed: int, *, vary: bool) -> np.ndarray:
-        """Generate artifact-free cells of one label on the scale of comparisons, with or without variation of state."""
+    def _prior_expression(
+        self, label: str, n_samples: int, seed: int, *, vary: bool = True, sample: bool = True
+    ) -> np.ndarray:
+        """Generate artifact-free cells of one label on the scale of comparisons.
+
+        ``vary=False``: without variation of state; ``sample=False``: expected values, without observation noise.
+        """
         module, generator = self.module, make_generator(seed, self.module.device)
         rng = np.random.default_rng(seed)
         draw = draw_libraries(self._library_pool, n_samples, "observed", artifact=False, batch=None, rng=rng)
@@ -111,7 +123,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         decoded = decode_prior(module, Pairs.from_members(members), tensors, noise, generator=generator)
         likelihood = module.decoder.likelihood
         mean = likelihood.mean(decoded, torch.as_tensor(draw.total, device=module.device)[:, None])
-        return self._comparable(likelihood.sample(mean, generator).cpu().numpy())
+        return self._comparable((likelihood.sample(mean, generator) if sample else mean).cpu().numpy())
 
     def _diagnostic_warnings(self, diagnostics: dict[str, float]) -> list[str]:
         """Return one sentence per sign of a collapsed basal state."""

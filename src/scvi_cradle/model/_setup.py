@@ -58,7 +58,8 @@ class SetupMixin(BaseModelClass):
             Column of ``obs`` with labels such as ``"control"``, ``"KLF1"``, ``"KLF1+MAP2K6"``.
         perturbation_obsm_key
             Instead of labels: key of ``obsm`` with a cells x treatments matrix (0/1 or doses); a DataFrame, or an array
-            with names in ``uns[f"{perturbation_obsm_key}_names"]``; all-zero rows are controls.
+            with names in ``uns[f"{perturbation_obsm_key}_names"]``; all-zero rows are controls. A cell's label is its set of
+            non-zero columns; wherever labels are asked for, every treatment has dose 1.
         control
             Label or labels of control cells; ``None`` or ``""`` among them lets missing or empty labels be controls.
         sep

@@ -55,17 +55,18 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             Number of epochs. Default: those that ``1,200 (n / 3,000)^(1/3)`` steps take, at least 5 (for ``n`` training
             cells; 2,050 steps at 15,000 cells), and no more than scvi-tools' heuristic
             (400 epochs at 20,000 cells or fewer, in inverse proportion above). The papers' presets: 2,000 epochs for
-            CradleVAE, 150,000 steps for the others.
+            CradleVAE, 150,000 steps for the others. PerturbedVAE: 100.
         max_steps
             Number of optimiser steps, instead of ``max_epochs``.
         split_key
             Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"`` for every cell
             (see :func:`scvi_cradle.pp.split_perturbations`). Default: a random split of 90 % and 10 %.
         batch_size
-            Cells per step. Default 128 (512 for the papers' presets).
+            Cells per step. Default 128 (512 for the papers' presets; PerturbedVAE: 64).
         lr
             Learning rate of Adam. Default 3e-3, after a warm-up of 30 steps along a cosine to 0 and 5 times higher for
-            the treatment posteriors (3e-4 constant for the papers' presets).
+            the treatment posteriors (3e-4 constant for the papers' presets). PerturbedVAE: 1e-3 along the same schedule,
+            5 times higher for the mechanisms (1e-4 constant for ``preset="paper"``).
         weight_decay
             Weight decay of Adam. Default 1e-6.
         objective
@@ -120,6 +121,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             trainer["max_steps"] = max_steps
         if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
+        if early_stopping:
+            kwargs = self._stopping_arguments(max_epochs) | kwargs
         self.module.objective = objective
         self.module.train()
         try:
@@ -140,6 +143,10 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
 
     def _splitter_arguments(self, split: list[np.ndarray]) -> dict[str, Any]:
         """Return further arguments of the model's data splitter; an error for a split that it cannot use."""
+        return {}
+
+    def _stopping_arguments(self, max_epochs: int) -> dict[str, Any]:
+        """Return how early stopping follows the training of this model."""
         return {}
 
     def _sources(self) -> np.ndarray | None:

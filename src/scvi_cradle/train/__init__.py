@@ -1,5 +1,5 @@
 """Training plans."""
 
-from scvi_cradle.train._plan import PairedTrainingPlan, PerturbationTrainingPlan
+from scvi_cradle.train._plan import ALIGN_WARMUP, KL_WARMUP, PairedTrainingPlan, PerturbationTrainingPlan
 
-__all__ = ["PairedTrainingPlan", "PerturbationTrainingPlan"]
+__all__ = ["ALIGN_WARMUP", "KL_WARMUP", "PairedTrainingPlan", "PerturbationTrainingPlan"]

@@ -10,9 +10,10 @@ from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
 from scvi_cradle._validation import check_one_of
+from scvi_cradle.presets import check_warmup
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
-KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the epochs: (10, 50) and (5, 50) of the published 100
+KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the steps: (10, 50) and (5, 50) of the published 100
 
 
 class PerturbationTrainingPlan(TrainingPlan):
@@ -113,7 +114,7 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         The module to train.
     n_epochs_kl_warmup, n_epochs_align_warmup
         ``(start, end)``: the weight is 0 up to epoch ``start`` and full from epoch ``end``, linear between. Default: from
-        10 % (alignment: 5 %) to 50 % of the epochs of the run.
+        10 % (alignment: 5 %) to 50 % of the steps of the run.
     **kwargs
         Further arguments of :class:`PerturbationTrainingPlan`.
     """
@@ -126,6 +127,8 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         n_epochs_align_warmup: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_warmup("n_epochs_kl_warmup", n_epochs_kl_warmup)
+        check_warmup("n_epochs_align_warmup", n_epochs_align_warmup)
         self.warmups = {
             "kl_weight": (n_epochs_kl_warmup, KL_WARMUP),
             "alignment_ramp": (n_epochs_align_warmup, ALIGN_WARMUP),
@@ -134,22 +137,24 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         self.loss_kwargs["alignment_ramp"] = 0.0
 
     def ramp(self, name: str) -> float:
-        """Return the factor, from 0 to 1, of ``"kl_weight"`` or ``"alignment_ramp"`` in this epoch."""
+        """Return the factor, from 0 to 1, of ``"kl_weight"`` or ``"alignment_ramp"`` at this step."""
         epochs, shares = self.warmups[name]
-        if epochs is None:
-            n_epochs = self.trainer.max_epochs if self._trainer is not None else 0
-            epochs = (shares[0] * n_epochs, shares[1] * n_epochs)
-        start, end = epochs
-        if self.current_epoch >= end:
+        if epochs is not None:
+            (start, end), now = epochs, float(self.current_epoch)
+        else:
+            (start, end), now = shares, 0.0
+            if self._trainer is not None:
+                now = self.global_step / max(int(self.trainer.estimated_stepping_batches), 1)
+        if now >= end:
             return 1.0
-        return float(max((self.current_epoch - start) / (end - start), 0.0))
+        return float(max((now - start) / (end - start), 0.0))
 
     @property
     def kl_weight(self) -> float:
-        """Factor of the divergences in this epoch."""
+        """Factor of the divergences at this step."""
         return self.ramp("kl_weight")
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Take a step, with the alignment's factor of this epoch."""
+        """Take a step, with the alignment's factor of this step."""
         self.loss_kwargs["alignment_ramp"] = self.ramp("alignment_ramp")
         return super().training_step(batch, batch_idx)

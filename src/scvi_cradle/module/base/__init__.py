@@ -33,7 +33,7 @@ from scvi_cradle.module.base._observation import (
 )
 from scvi_cradle.module.base._perceptron import PerceptronDecoder, perceptron
 from scvi_cradle.module.base._references import References
-from scvi_cradle.module.base._scm import LatentCausalModel, Mechanism, noise_kl, solve_in_order
+from scvi_cradle.module.base._scm import LatentCausalModel, Mechanism, noise_kl, solve_columns, solve_in_order
 
 __all__ = [
     "AmortizedEmbedding",
@@ -81,6 +81,7 @@ __all__ = [
     "posterior_of_cells",
     "sample_normal",
     "softmax_rates",
+    "solve_columns",
     "solve_in_order",
     "straight_through_bernoulli",
 ]

@@ -37,6 +37,10 @@ class Mechanism(NamedTuple):
         """Return ``z_nu`` with ``z_nu = Lambda_nuiota z_iota + Lambda_nunu z_nu + mean + noise``, ``(..., n_responsive)``."""
         return solve_in_order(self.weights, noise + self.modulation(z_invariant) + self.mean)
 
+    def reduced_context(self) -> Tensor:
+        """Return the total effects of invariant on responsive variables, ``(I - Lambda_nunu)^-1 Lambda_nuiota``."""
+        return solve_columns(self.weights, self.context)
+
     def modulation(self, z_invariant: Tensor) -> Tensor:
         """Return ``Lambda_nuiota z_iota``, shape ``(..., n_responsive)``."""
         return (self.context @ z_invariant[..., None])[..., 0]
@@ -52,8 +56,13 @@ def solve_in_order(weights: Tensor, inputs: Tensor) -> Tensor:
     inputs
         What enters every variable from outside, shape ``(..., d)``.
     """
+    return solve_columns(weights, inputs[..., None])[..., 0]
+
+
+def solve_columns(weights: Tensor, inputs: Tensor) -> Tensor:
+    """Return :func:`solve_in_order` of every column of ``inputs``, shape ``(..., d, k)``."""
     system = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device) - weights
-    return torch.linalg.solve_triangular(system, inputs[..., None], upper=False, unitriangular=True)[..., 0]
+    return torch.linalg.solve_triangular(system, inputs, upper=False, unitriangular=True)
 
 
 def noise_kl(mean: Tensor, std: Tensor, variance: Tensor) -> Tensor:
