@@ -14,7 +14,7 @@ from scvi_cradle._matrix import log_normalize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The invariant variables are unused:UserWarning"),  # short training
-    pytest.mark.filterwarnings("ignore:Generated cells of a perturbation are close:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells of one label are close:UserWarning"),
 ]
 D, N_INVARIANT = 4, 6
 SIZES = {"n_latent_responsive": D, "n_latent_invariant": N_INVARIANT, "n_hidden": 16, "n_layers": 1}

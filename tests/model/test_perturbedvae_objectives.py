@@ -13,7 +13,7 @@ from scvi_cradle._matrix import log_normalize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The invariant variables are unused:UserWarning"),  # short training
-    pytest.mark.filterwarnings("ignore:Generated cells of a perturbation are close:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells of one label are close:UserWarning"),
 ]
 D, N_INVARIANT, N_GENES = 4, 6, 50
 SIZES = {"n_latent_responsive": D, "n_latent_invariant": N_INVARIANT, "n_hidden": 16, "n_layers": 1}
