@@ -29,8 +29,8 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
     r"""PerturbedVAE: invariant latent variables, and responsive ones in a causal model (arXiv 2605.19343).
 
     Invariant variables :math:`z_\iota` carry the background of a cell; responsive ones :math:`z_\nu` depend on each other
-    in the order of an acyclic graph, on :math:`z_\iota`, and on the treatments, which change every mechanism. Cells are
-    aligned with control cells in :math:`z_\iota`. Trained on controls and single perturbations, the model predicts
+    in the order of an acyclic graph, on :math:`z_\iota`, and on the treatments, which change every mechanism. Cells can be
+    aligned with control partners in :math:`z_\iota`. Trained on controls and single perturbations, the model predicts
     combinations from control cells.
 
     Arguments that are not given take the value of the preset; the value in brackets is that of the recommended settings.
@@ -195,6 +195,6 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         if ratio is not None and ratio < least:
             messages.append(
                 f"Generated cells of one label are close to one mean: {ratio:.2g} of the real variance between cells, "
-                f"below {least}; lower `kl_weight_invariant` and `kl_weight_responsive` (to 1e-4, say), or train longer."
+                f"below {least}; lower `kl_weight_invariant` and `kl_weight_responsive` (to a tenth, say), or train longer."
             )
         return messages
