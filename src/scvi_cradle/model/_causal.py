@@ -249,7 +249,8 @@ class CausalMixin(ControlPairsMixin):
         Returns
         -------
         DataFrame indexed by ``"invariant"``, ``"responsive (given the label)"``, ``"hidden"`` (the output of the encoder)
-        and ``"expression"`` (50 principal components, or as many as the cells allow), with the columns of :func:`scvi_cradle.metrics.linear_probe`.
+        and ``"expression"`` (50 principal components, or as many as the cells allow), with the columns of
+        :func:`scvi_cradle.metrics.linear_probe`.
 
         Raises
         ------
