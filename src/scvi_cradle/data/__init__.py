@@ -9,6 +9,7 @@ from scvi_cradle.data._fields import (
     label_table,
 )
 from scvi_cradle.data._partners import PairedSplitter, check_pairing, find_partners
+from scvi_cradle.data._quantiles import empirical_quantiles
 from scvi_cradle.data._queries import check_query
 from scvi_cradle.data._setup import SetupArguments, build_manager
 from scvi_cradle.data._splits import split_indices
@@ -24,6 +25,7 @@ __all__ = [
     "build_manager",
     "check_pairing",
     "check_query",
+    "empirical_quantiles",
     "find_partners",
     "holds_counts",
     "label_rule",

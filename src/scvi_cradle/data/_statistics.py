@@ -126,7 +126,7 @@ def column(manager: AnnDataManager, key: str) -> np.ndarray:
     return np.asarray(manager.get_from_registry(key)).ravel()
 
 
-def _rows(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
+def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
     """Return rows of any storage as CSR; backed storage wants sorted positions."""
     order = np.argsort(indices, kind="stable")
     block = to_csr(matrix[indices[order]])
@@ -137,7 +137,7 @@ def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096, *, log: b
     n_genes = matrix.shape[1]
     first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
     for start in range(0, len(indices), block_size):
-        block = _rows(matrix, indices[start : start + block_size]).astype(np.float64)
+        block = rows_of(matrix, indices[start : start + block_size]).astype(np.float64)
         totals.append(np.asarray(block.sum(axis=1)).ravel())
         counts += np.asarray(block.sum(axis=0)).ravel()
         if log:
@@ -211,7 +211,7 @@ def _references(
         rows = np.flatnonzero(failed & (codes == label))
         if len(rows) > MAX_REFERENCE_CELLS:
             rows = np.sort(rng.choice(rows, MAX_REFERENCE_CELLS, replace=False))
-        pool = _rows(matrix, indices[rows])
+        pool = rows_of(matrix, indices[rows])
         dense = pool.toarray()
         profile = np.median(dense, axis=0) if statistic == "median" else dense.mean(axis=0)
         profiles.append(sp.csr_matrix(profile.astype(np.float32)))

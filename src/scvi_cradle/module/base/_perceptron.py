@@ -1,4 +1,4 @@
-"""Plain perceptrons of PerturbedVAE, and the decoder made of one."""
+"""Plain perceptrons, and PerturbedVAE's decoder made of one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from scvi_cradle.module.base._decoder import OutputHead
 NEGATIVE_SLOPE = 0.2
 
 
-def perceptron(n_in: int, n_hidden: int, n_layers: int, n_out: int | None = None) -> nn.Sequential:
-    """Return hidden layers with leaky rectifiers of slope 0.2 and, for ``n_out``, a linear layer behind them."""
+def perceptron(
+    n_in: int, n_hidden: int, n_layers: int, n_out: int | None = None, *, negative_slope: float = NEGATIVE_SLOPE
+) -> nn.Sequential:
+    """Return hidden layers with leaky rectifiers (slope 0: plain ones) and, for ``n_out``, a linear layer behind them."""
     layers: list[nn.Module] = []
     for i in range(n_layers):
-        layers += [nn.Linear(n_hidden if i else n_in, n_hidden), nn.LeakyReLU(NEGATIVE_SLOPE)]
+        layers += [nn.Linear(n_hidden if i else n_in, n_hidden), nn.LeakyReLU(negative_slope)]
     if n_out is not None:
         layers.append(nn.Linear(n_hidden if n_layers else n_in, n_out))
     return nn.Sequential(*layers)
