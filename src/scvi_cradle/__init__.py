@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from scvi_cradle import baselines, benchmark, datasets, metrics, model, module, pl, pp, presets
-from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, PerturbedVAE, SVAEPlus
+from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE, SVAEPlus
 
 try:
     __version__ = version("scvi-cradle")
@@ -16,6 +16,7 @@ __all__ = [
     "ConditionalVAE",
     "CradleVAE",
     "PerturbedVAE",
+    "QuantileHurdleAE",
     "SVAEPlus",
     "__version__",
     "baselines",

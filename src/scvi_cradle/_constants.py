@@ -10,6 +10,8 @@ class _RegistryKeys(NamedTuple):
     DOSAGE: str = "dosage"
     ARTIFACT: str = "artifact"
     PARTNER: str = "control_partner"
+    GUIDES: str = "guides"
+    CELL_TYPE: str = "cell_type"
 
 
 class _Columns(NamedTuple):

@@ -79,6 +79,14 @@ def check_finite(matrix: Any, where: str) -> None:
             raise ValueError(msg)
 
 
+def check_non_negative(matrix: Any, where: str) -> None:
+    """Raise ``ValueError`` unless no value is negative."""
+    for _, block in iter_blocks(matrix):
+        if block.dtype.kind in "if" and block.data.size and block.data.min() < 0:
+            msg = f"{where} must hold values that are not negative; received {block.data.min():.3g}: pass normalised values that are not scaled or centred, e.g. of `scanpy.pp.log1p`."
+            raise ValueError(msg)
+
+
 def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
     sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]

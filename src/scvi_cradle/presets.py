@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from scvi_cradle._loop_settings import QUANTILE_PUBLISHED, QUANTILE_RECOMMENDED, TRAINING_QUANTILE
 from scvi_cradle._validation import check_one_of, check_positive, check_probability
 
 MIN_LATENT, MAX_LATENT = 50, 800
@@ -205,6 +206,11 @@ SVAE_PLUS = _presets(recommended=(SVAE_RECOMMENDED, TRAINING_RECOMMENDED), paper
 PERTURBED_VAE = _presets(
     recommended=(PERTURBED_RECOMMENDED, TRAINING_PERTURBED), paper=(PERTURBED_PAPER, TRAINING_PERTURBED_PAPER)
 )
+QUANTILE_HURDLE = _presets(
+    recommended=(QUANTILE_RECOMMENDED, TRAINING_QUANTILE),
+    paper=(QUANTILE_PUBLISHED, TRAINING_QUANTILE),
+    published=(QUANTILE_PUBLISHED, TRAINING_QUANTILE),
+)
 #: Presets by the name of the model.
 MODELS = MappingProxyType(
     {
@@ -214,6 +220,7 @@ MODELS = MappingProxyType(
         "ConditionalVAE": CONDITIONAL_VAE,
         "SVAEPlus": SVAE_PLUS,
         "PerturbedVAE": PERTURBED_VAE,
+        "QuantileHurdleAE": QUANTILE_HURDLE,
     }
 )
 #: What was published for data sets, on top of the preset ``"paper"``: CRADLE-VAE (appendix H), and SAMS-VAE with the

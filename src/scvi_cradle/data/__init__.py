@@ -8,12 +8,14 @@ from scvi_cradle.data._fields import (
     label_rule,
     label_table,
 )
+from scvi_cradle.data._guides import guide_counts
 from scvi_cradle.data._partners import PairedSplitter, check_pairing, find_partners
 from scvi_cradle.data._quantiles import empirical_quantiles
-from scvi_cradle.data._queries import check_query
+from scvi_cradle.data._queries import check_query, expression_of
 from scvi_cradle.data._setup import SetupArguments, build_manager
 from scvi_cradle.data._splits import split_indices
 from scvi_cradle.data._statistics import TrainingStatistics, pool_of_cells, training_statistics
+from scvi_cradle.data._weighted import WeightedSplitter
 
 __all__ = [
     "ArtifactField",
@@ -22,11 +24,14 @@ __all__ = [
     "PerturbationField",
     "SetupArguments",
     "TrainingStatistics",
+    "WeightedSplitter",
     "build_manager",
     "check_pairing",
     "check_query",
     "empirical_quantiles",
+    "expression_of",
     "find_partners",
+    "guide_counts",
     "holds_counts",
     "label_rule",
     "label_table",

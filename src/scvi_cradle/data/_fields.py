@@ -161,6 +161,43 @@ class PerturbationField(_DerivedObsField):
         return {"n_labels": len(state_registry["labels"]), "n_treatments": len(state_registry["treatments"])}
 
 
+class NoteField(BaseAnnDataField):
+    """What a model has to know about its training data and reads by itself: nothing is written, no batch holds it."""
+
+    attr_name, attr_key, is_empty = "obs", None, False
+
+    def __init__(self, registry_key: str, note: dict[str, Any]) -> None:
+        super().__init__()
+        self._registry_key, self.note = registry_key, note
+
+    @property
+    def registry_key(self) -> str:
+        """Key of the registry."""
+        return self._registry_key
+
+    def get_data_registry(self) -> dict[str, Any]:
+        """Return nothing: batches do not hold it."""
+        return {}
+
+    def validate_field(self, adata: AnnData) -> None:
+        """Check nothing: set-up did."""
+
+    def register_field(self, adata: AnnData) -> dict[str, Any]:
+        """Return the note."""
+        return self.note
+
+    def transfer_field(self, state_registry: dict[str, Any], adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
+        """Return the note of training; a query needs none."""
+        return state_registry
+
+    def get_summary_stats(self, state_registry: dict[str, Any]) -> dict[str, int]:
+        """Return nothing."""
+        return {}
+
+    def view_state_registry(self, state_registry: dict[str, Any]) -> None:
+        """Print nothing."""
+
+
 class DosageField(ObsmField):
     """Dosage matrix (cells x treatments) of the user, read where it is and never rewritten."""
 

@@ -17,7 +17,7 @@ from scvi.data import AnnDataManager, fields
 
 from scvi_cradle._association import association_table
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, check_finite, counts_problem, get_matrix, row_sums
+from scvi_cradle._matrix import check_counts, check_finite, check_non_negative, counts_problem, get_matrix, row_sums
 from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
 from scvi_cradle.data._fields import (
     ARTIFACT_REMEDY,
@@ -28,11 +28,15 @@ from scvi_cradle.data._fields import (
     MuDataDosageField,
     MuDataExpressionField,
     MuDataPerturbationField,
+    NoteField,
     PerturbationField,
     dosage_labels,
     dosage_names,
 )
+from scvi_cradle.data._guides import guide_note
 from scvi_cradle.data._queries import check_dosage, check_query, expression_of
+
+NOTES = (KEYS.GUIDES, KEYS.CELL_TYPE)
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,18 @@ class SetupArguments:
     rule: LabelRule
     layer: str | None
     artifact_key: str | None
+    guide_counts_key: str | None
+    guide_targets: Any
+    cell_type_key: str | None
     batch_key: str | None
     categorical_covariate_keys: list[str] | None
     continuous_covariate_keys: list[str] | None
     unused: dict[str, Any]
     modality: str | None = None
+    guide_modality: str | None = None
     needs_artifact: bool = False
     count_only: bool = True
+    non_negative: bool = False
 
     @classmethod
     def from_call(
@@ -76,6 +85,7 @@ class SetupArguments:
             "perturbation_key": self.perturbation_key,
             "artifact_key": self.artifact_key,
             "batch_key": self.batch_key,
+            "cell_type_key": self.cell_type_key,
         }
         keys = {argument: key for argument, key in named.items() if key is not None}
         for argument in ("categorical_covariate_keys", "continuous_covariate_keys"):
@@ -99,13 +109,17 @@ def build_manager(
     ValueError
         For everything else that must not be trained on; nothing has been written by then.
     """
-    is_counts = True
+    is_counts, notes = True, {}
     if source_registry is None:
         _check_arguments(arguments)
-        is_counts = check_setup(_cells(data, arguments), arguments)
+        cells = _cells(data, arguments)
+        is_counts = check_setup(cells, arguments)
+        notes = _notes(data, cells, arguments)
     else:
         check_query(data, source_registry)
-    fields_ = _fields(data, arguments, is_counts=is_counts)
+        registries = source_registry["field_registries"]
+        notes = {key: registries[key]["state_registry"] for key in NOTES if key in registries}
+    fields_ = _fields(data, arguments, is_counts=is_counts) + [NoteField(key, note) for key, note in notes.items()]
     manager = AnnDataManager(fields=fields_, setup_method_args=setup_method_args)
     manager.register_fields(data, source_registry=source_registry, **kwargs)
     return manager
@@ -160,6 +174,17 @@ def _fields(data: AnnData | MuData, a: SetupArguments, *, is_counts: bool) -> li
     return anndata_fields
 
 
+def _notes(data: AnnData | MuData, cells: AnnData, a: SetupArguments) -> dict[str, dict[str, Any]]:
+    """Return what is registered for the model to read by itself: guide counts with their targets, cell types."""
+    notes: dict[str, dict[str, Any]] = {}
+    guides = guide_note(data, cells, a.guide_counts_key, a.guide_targets, a.guide_modality, a.rule)
+    if guides is not None:
+        notes[KEYS.GUIDES] = guides
+    if a.cell_type_key is not None:
+        notes[KEYS.CELL_TYPE] = {"original_key": a.cell_type_key}
+    return notes
+
+
 def _check_arguments(a: SetupArguments) -> None:
     for argument, value in a.unused.items():
         if value is not None:
@@ -195,6 +220,8 @@ def check_setup(adata: AnnData, a: SetupArguments) -> bool:
     matrix = get_matrix(adata, a.layer)
     where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
     (check_counts if a.count_only else check_finite)(matrix, where)
+    if a.non_negative:
+        check_non_negative(matrix, where)
     is_counts = a.count_only or counts_problem(matrix) is None
     empty = int((row_sums(matrix) == 0).sum()) if is_counts else 0
     if empty:
@@ -208,7 +235,7 @@ def check_setup(adata: AnnData, a: SetupArguments) -> bool:
 
 
 def _check_covariates(adata: AnnData, a: SetupArguments) -> None:
-    for key in [a.batch_key, *(a.categorical_covariate_keys or [])]:
+    for key in [a.batch_key, a.cell_type_key, *(a.categorical_covariate_keys or [])]:
         if key is not None and adata.obs[key].isna().any():
             msg = f"`obs[{key!r}]` must name a category for every cell; received {int(adata.obs[key].isna().sum())} missing values: fill or drop them."
             raise ValueError(msg)

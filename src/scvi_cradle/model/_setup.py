@@ -24,6 +24,7 @@ class SetupMixin(BaseModelClass):
     _unused_keys: tuple[str, ...] = WITHOUT_ARTIFACT
     _needs_artifact = False
     _count_only = True
+    _non_negative = False
 
     @classmethod
     def setup_anndata(
@@ -53,7 +54,7 @@ class SetupMixin(BaseModelClass):
         ----------
         adata
             Raw counts (dense, CSR, CSC, backed); SAMSVAE also takes other finite values, for a Gaussian likelihood, and
-            PerturbedVAE log-normalised values, for all likelihoods but ``"nb"``.
+            PerturbedVAE log-normalised values, for all likelihoods but ``"nb"``. QuantileHurdleAE: log-normalised values.
         perturbation_key
             Column of ``obs`` with labels such as ``"control"``, ``"KLF1"``, ``"KLF1+MAP2K6"``.
         perturbation_obsm_key
@@ -72,8 +73,16 @@ class SetupMixin(BaseModelClass):
             ``categorical_covariate_keys``.
         batch_key, categorical_covariate_keys, continuous_covariate_keys
             Columns of ``obs`` that enter the decoder.
-        artifact_keys, guide_counts_key, guide_targets, cell_type_key
-            Not used by these models; an error when given.
+        guide_counts_key
+            QuantileHurdleAE: key of ``obsm`` with guide counts, cells x guides; a DataFrame, or an array with names in
+            ``uns[f"{guide_counts_key}_names"]``.
+        guide_targets
+            The target of every guide: a DataFrame with the columns ``guide`` and ``target``, a mapping, or a key of ``uns``.
+            Guides of ``control`` have no target.
+        cell_type_key
+            QuantileHurdleAE: column of ``obs``; perturbed cells are compared with controls of their type.
+        artifact_keys
+            Not used by these models; an error when given, as is every other argument that a model cannot use.
 
         Raises
         ------
@@ -113,11 +122,12 @@ class SetupMixin(BaseModelClass):
         mdata
             MuData with a modality of raw counts.
         modalities
-            Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; this model uses ``"rna"``.
+            Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; QuantileHurdleAE reads guide counts from
+            ``"guide"``, if there is one and no ``guide_counts_key`` is given, the others use ``"rna"``.
         perturbation_key, perturbation_obsm_key, control, sep, layer, artifact_key
             As in :meth:`setup_anndata`.
         artifact_keys, guide_counts_key, guide_targets, cell_type_key
-            Not used by these models; an error when given.
+            As in :meth:`setup_anndata`.
         batch_key, categorical_covariate_keys, continuous_covariate_keys
             As in :meth:`setup_anndata`.
 
@@ -127,18 +137,21 @@ class SetupMixin(BaseModelClass):
             As :meth:`setup_anndata`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        cls._register(mdata, setup_method_args, modality=(modalities or {}).get("rna", "rna"), **kwargs)
+        names = {"rna": "rna", "guide": "guide"} | (modalities or {})
+        cls._register(mdata, setup_method_args, modality=names["rna"], guide_modality=names["guide"], **kwargs)
 
     @classmethod
     def _register(cls, data: AnnData | MuData, setup_method_args: dict[str, Any], **kwargs: Any) -> None:
-        modality = kwargs.pop("modality", None)
+        modality, guide_modality = kwargs.pop("modality", None), kwargs.pop("guide_modality", None)
         arguments = SetupArguments.from_call(
             cls.__name__,
             setup_method_args["setup_args"],
             unused=cls._unused_keys,
             modality=modality,
+            guide_modality=guide_modality,
             needs_artifact=cls._needs_artifact,
             count_only=cls._count_only,
+            non_negative=cls._non_negative,
         )
         cls.register_manager(build_manager(data, arguments, setup_method_args, **kwargs))
 

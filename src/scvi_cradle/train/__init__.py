@@ -1,5 +1,21 @@
-"""Training plans."""
+"""Training plans, and the training of classifiers."""
 
-from scvi_cradle.train._plan import ALIGN_WARMUP, KL_WARMUP, PairedTrainingPlan, PerturbationTrainingPlan
+from scvi_cradle.train._classifiers import ClassifierFit, ClassifierSettings, fit_classifiers
+from scvi_cradle.train._plan import (
+    ALIGN_WARMUP,
+    KL_WARMUP,
+    ContinuedTrainingPlan,
+    PairedTrainingPlan,
+    PerturbationTrainingPlan,
+)
 
-__all__ = ["ALIGN_WARMUP", "KL_WARMUP", "PairedTrainingPlan", "PerturbationTrainingPlan"]
+__all__ = [
+    "ALIGN_WARMUP",
+    "KL_WARMUP",
+    "ClassifierFit",
+    "ClassifierSettings",
+    "ContinuedTrainingPlan",
+    "PairedTrainingPlan",
+    "PerturbationTrainingPlan",
+    "fit_classifiers",
+]

@@ -105,6 +105,25 @@ class PerturbationTrainingPlan(TrainingPlan):
         )
 
 
+class ContinuedTrainingPlan(PerturbationTrainingPlan):
+    """Training plan of QuantileHurdleAE: a further training takes up the optimiser's state of the last one.
+
+    The state is kept as ``module.optimizer_state``; None starts anew.
+    """
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return the optimiser in the state in which the last training left it."""
+        configured = super().configure_optimizers()
+        if self.module.optimizer_state is not None:
+            configured["optimizer"].load_state_dict(self.module.optimizer_state)
+        return configured
+
+    def on_train_end(self) -> None:
+        """Keep the state."""
+        super().on_train_end()
+        self.module.optimizer_state = self.trainer.optimizers[0].state_dict()
+
+
 class PairedTrainingPlan(PerturbationTrainingPlan):
     """Training plan of PerturbedVAE: warm-ups of the divergences and of the alignment, each with a start and an end.
 

@@ -1,0 +1,49 @@
+"""Training cells that are drawn with weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scvi import settings
+from scvi.data import AnnDataManager
+from scvi.dataloaders import DataSplitter
+from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSampler
+
+
+class WeightedSplitter(DataSplitter):
+    """Loaders of training and validation cells, the training cells drawn with replacement by their weights.
+
+    Parameters
+    ----------
+    adata_manager
+        Manager of the AnnData.
+    cell_weights
+        Sampling weight of every cell, shape ``(n_cells,)``; None: every training cell once per epoch.
+    **kwargs
+        Further arguments of :class:`scvi.dataloaders.DataSplitter`.
+    """
+
+    def __init__(self, adata_manager: AnnDataManager, *, cell_weights: np.ndarray | None = None, **kwargs: Any) -> None:
+        super().__init__(adata_manager, **kwargs)
+        self.cell_weights = cell_weights
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of training cells."""
+        if self.cell_weights is None:
+            return super().train_dataloader()
+        data = Subset(self.adata_manager.create_torch_dataset(), self.train_idx)
+        options = {
+            "num_workers": settings.dl_num_workers,
+            "persistent_workers": settings.dl_persistent_workers,
+        } | self.data_loader_kwargs
+        options.pop("distributed_sampler", None)
+        batch_size = options.pop("batch_size")
+        order = WeightedRandomSampler(self.cell_weights[self.train_idx].tolist(), len(self.train_idx))
+        return DataLoader(
+            data,
+            sampler=BatchSampler(order, batch_size, self.drop_last),
+            batch_size=None,
+            pin_memory=self.pin_memory,
+            **options,
+        )
