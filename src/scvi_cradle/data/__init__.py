@@ -8,7 +8,7 @@ from scvi_cradle.data._fields import (
     label_rule,
     label_table,
 )
-from scvi_cradle.data._guides import guide_counts
+from scvi_cradle.data._guides import guide_counts, non_targeting_counts
 from scvi_cradle.data._partners import PairedSplitter, check_pairing, find_partners
 from scvi_cradle.data._quantiles import empirical_quantiles
 from scvi_cradle.data._queries import check_query, expression_of
@@ -35,6 +35,7 @@ __all__ = [
     "holds_counts",
     "label_rule",
     "label_table",
+    "non_targeting_counts",
     "pool_of_cells",
     "split_indices",
     "training_statistics",

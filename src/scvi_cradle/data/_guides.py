@@ -12,8 +12,9 @@ from anndata import AnnData
 from mudata import MuData
 
 from scvi_cradle._guides import guide_table
+from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._validation import check_key, preview
+from scvi_cradle._validation import check_key, near_matches, preview
 from scvi_cradle.data._queries import expression_of
 
 
@@ -60,9 +61,14 @@ def guide_note(
     return note | {"guides": [g for g, _ in kept], "targets": [t for _, t in kept]}
 
 
-def warn_targets_without_cells(note: dict[str, Any], treatments: tuple[str, ...]) -> None:
-    """Warn of targets of guides that no cell is labelled with."""
-    lacking = sorted(set(note["targets"]) - set(treatments))
+def check_targets(note: dict[str, Any], treatments: set[str]) -> None:
+    """Raise ``ValueError`` for a treatment without guides; warn of targets that no cell is labelled with."""
+    targets = set(note["targets"])
+    unknown = sorted(treatments - targets)
+    if unknown:
+        msg = f"Every treatment among the labels must be the target of a guide; received {preview(unknown)} without{near_matches(unknown[0], targets)}: add the guides or mend the names."
+        raise ValueError(msg)
+    lacking = sorted(targets - treatments)
     if lacking:
         warnings.warn(
             f"No cell is labelled with {preview(lacking)}, which guides target: nothing is estimated for them.",
@@ -76,6 +82,17 @@ def guide_counts(data: AnnData | MuData, note: dict[str, Any], modality: str | N
     counts, guides = _read(data, expression_of(data, modality), note)
     position = {guide: i for i, guide in enumerate(guides)}
     return counts[:, [position[g] for g in note["guides"]]], list(note["targets"])
+
+
+def non_targeting_counts(data: AnnData | MuData, registry: dict[str, Any]) -> np.ndarray | None:
+    """Return the sum of the counts of guides without a target, ``(n_cells,)``; None where there are none."""
+    fields = registry["field_registries"]
+    if KEYS.GUIDES not in fields:
+        return None
+    note = fields[KEYS.GUIDES]["state_registry"]
+    counts, guides = _read(data, expression_of(data, fields["X"]["data_registry"].get("mod_key")), note)
+    others = [i for i, guide in enumerate(guides) if guide not in set(note["guides"])]
+    return np.asarray(counts[:, others].sum(axis=1)).ravel() if others else None
 
 
 def _read(data: AnnData | MuData, cells: AnnData, note: dict[str, Any]) -> tuple[sp.csr_matrix, list[str]]:

@@ -33,7 +33,7 @@ from scvi_cradle.data._fields import (
     dosage_labels,
     dosage_names,
 )
-from scvi_cradle.data._guides import guide_note
+from scvi_cradle.data._guides import check_targets, guide_note
 from scvi_cradle.data._queries import check_dosage, check_query, expression_of
 
 NOTES = (KEYS.GUIDES, KEYS.CELL_TYPE)
@@ -179,6 +179,8 @@ def _notes(data: AnnData | MuData, cells: AnnData, a: SetupArguments) -> dict[st
     notes: dict[str, dict[str, Any]] = {}
     guides = guide_note(data, cells, a.guide_counts_key, a.guide_targets, a.guide_modality, a.rule)
     if guides is not None:
+        labels = _check_labels(cells, a)
+        check_targets(guides, {t for label in labels.categories for t in a.rule.treatments(label)})
         notes[KEYS.GUIDES] = guides
     if a.cell_type_key is not None:
         notes[KEYS.CELL_TYPE] = {"original_key": a.cell_type_key}

@@ -286,11 +286,10 @@ class PerturbationLoopMixin(ReconstructionMixin):
             return None, None
         note = fields[KEYS.GUIDES]["state_registry"]
         counts, targets = guide_counts(self.adata, note, self._state_data(REGISTRY_KEYS.X_KEY).get("mod_key"))
-        names = [str(i) for i in range(len(targets))]
         prior = guide_prior(
-            pd.DataFrame.sparse.from_spmatrix(counts, columns=names),
+            counts,
             np.asarray(labels).astype(str),
-            dict(zip(names, targets, strict=True)),
+            targets,
             cell_types=types,
             control=self._rule.control_name,
             sep=self._rule.sep,

@@ -14,12 +14,12 @@ from scvi_cradle import presets
 from scvi_cradle._loop_settings import FULL_HEAD_GENES, QUANTILE_RANK
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.data import holds_counts
-from scvi_cradle.model._loop import PerturbationLoopMixin
+from scvi_cradle.model._null import NullMixin
 from scvi_cradle.model._setup import SetupMixin
 from scvi_cradle.module import QuantileHurdleModule
 
 
-class QuantileHurdleAE(SetupMixin, PerturbationLoopMixin):
+class QuantileHurdleAE(SetupMixin, NullMixin):
     r"""Quantile-hurdle autoencoder with perturbation probabilities (Hugi, Tanna, Platt, Rätsch).
 
     A cell is encoded without noise; the decoder predicts for every gene the probability that it is expressed and
