@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -81,7 +81,7 @@ class LoopSettings:
     oversample: float = 10.0
     oversample_min_genes: int = 10
     min_gap: float = 0.15
-    classifier: Mapping[str, Any] = MappingProxyType({})
+    classifier: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ``ValueError`` for a setting that cannot be."""
@@ -126,7 +126,7 @@ LOOP: Mapping[str, LoopSettings] = MappingProxyType(
     {
         "recommended": LoopSettings(),
         "published": LoopSettings(
-            n_outer=6, control_weights="equal", classifier=MappingProxyType({"lr": 1e-4, "patience": None})
+            n_outer=6, control_weights="equal", classifier={"lr": 1e-4, "patience": None}
         ),
     }
 )
@@ -137,7 +137,7 @@ def loop_settings(preset: str, **given: Any) -> LoopSettings:
     check_one_of("preset", preset, tuple(LOOP))
     chosen = {name: value for name, value in given.items() if value is not None}
     if "classifier" in chosen:
-        chosen["classifier"] = MappingProxyType({**LOOP[preset].classifier, **chosen["classifier"]})
+        chosen["classifier"] = {**LOOP[preset].classifier, **chosen["classifier"]}
     settings = replace(LOOP[preset], **chosen)
     settings.check()
     return settings

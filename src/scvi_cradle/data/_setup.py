@@ -16,6 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager, fields
 
 from scvi_cradle._association import association_table
+from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
 from scvi_cradle._matrix import check_counts, check_finite, check_non_negative, counts_problem, get_matrix, row_sums
 from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview

@@ -77,8 +77,7 @@ class ReconstructionMixin(TrainingMixin):
         super()._learn_from_training_cells(train_indices)
         if not self.is_trained_:
             matrix = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-            levels = self.module.levels.cpu().numpy()
-            probability, quantiles = empirical_quantiles(matrix, train_indices, levels)
+            probability, quantiles = empirical_quantiles(matrix, self.module.levels.cpu().numpy(), train_indices)
             self.module.initialize_output(torch.as_tensor(probability), torch.as_tensor(quantiles))
 
     def _diagnose(self) -> None:
