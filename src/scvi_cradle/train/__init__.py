@@ -1,5 +1,15 @@
-"""Training plans."""
+"""Training plans, and the training of many classifiers."""
 
+from scvi_cradle.train._classifiers import ClassifierFit, ClassifierSettings, fit_classifiers, score
 from scvi_cradle.train._plan import ALIGN_WARMUP, KL_WARMUP, PairedTrainingPlan, PerturbationTrainingPlan
 
-__all__ = ["ALIGN_WARMUP", "KL_WARMUP", "PairedTrainingPlan", "PerturbationTrainingPlan"]
+__all__ = [
+    "ALIGN_WARMUP",
+    "KL_WARMUP",
+    "ClassifierFit",
+    "ClassifierSettings",
+    "PairedTrainingPlan",
+    "PerturbationTrainingPlan",
+    "fit_classifiers",
+    "score",
+]

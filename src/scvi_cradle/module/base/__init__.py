@@ -25,6 +25,7 @@ from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask, str
 from scvi_cradle.module.base._mmd import multiscale_mmd
 from scvi_cradle.module.base._module import LatentDraw, PerturbationModule, posterior_of_cells, sample_normal
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
+from scvi_cradle.module.base._nnnu import ClassifierBank, hidden_part, nnnu_risk
 from scvi_cradle.module.base._observation import (
     GaussianLikelihood,
     MeanSquaredError,
@@ -43,6 +44,7 @@ __all__ = [
     "BatchNormEncoder",
     "BernoulliMask",
     "BetaBernoulliMask",
+    "ClassifierBank",
     "Decoder",
     "EffectDraw",
     "FreeGaussian",
@@ -70,10 +72,12 @@ __all__ = [
     "count_terms",
     "fused_log_prob",
     "gaussian_kl",
+    "hidden_part",
     "importance_weighted_bound",
     "library_size",
     "multiscale_mmd",
     "negative_binomial_log_prob",
+    "nnnu_risk",
     "noise_kl",
     "normal_like",
     "normal_log_prob",
