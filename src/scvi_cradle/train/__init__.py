@@ -1,6 +1,6 @@
-"""Training plans, and the training of classifiers."""
+"""Training plans, and the training of many classifiers."""
 
-from scvi_cradle.train._classifiers import ClassifierFit, ClassifierSettings, fit_classifiers
+from scvi_cradle.train._classifiers import ClassifierFit, ClassifierSettings, fit_classifiers, score
 from scvi_cradle.train._plan import (
     ALIGN_WARMUP,
     KL_WARMUP,
@@ -18,4 +18,5 @@ __all__ = [
     "PairedTrainingPlan",
     "PerturbationTrainingPlan",
     "fit_classifiers",
+    "score",
 ]

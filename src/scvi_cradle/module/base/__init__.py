@@ -25,6 +25,7 @@ from scvi_cradle.module.base._masks import BernoulliMask, BetaBernoulliMask, str
 from scvi_cradle.module.base._mmd import multiscale_mmd
 from scvi_cradle.module.base._module import LatentDraw, PerturbationModule, posterior_of_cells, sample_normal
 from scvi_cradle.module.base._networks import BasalEncoder, GaussianHead, ResidualLayers, SplitLinear
+from scvi_cradle.module.base._nnnu import ClassifierBank, hidden_part, nnnu_risk
 from scvi_cradle.module.base._observation import (
     GaussianLikelihood,
     MeanSquaredError,
@@ -55,6 +56,7 @@ __all__ = [
     "BatchNormEncoder",
     "BernoulliMask",
     "BetaBernoulliMask",
+    "ClassifierBank",
     "Decoder",
     "EffectDraw",
     "FreeGaussian",
@@ -86,6 +88,7 @@ __all__ = [
     "crossing_penalty",
     "fused_log_prob",
     "gaussian_kl",
+    "hidden_part",
     "importance_weighted_bound",
     "increments_of",
     "interpolate_quantiles",
@@ -94,6 +97,7 @@ __all__ = [
     "monotone_quantiles",
     "multiscale_mmd",
     "negative_binomial_log_prob",
+    "nnnu_risk",
     "noise_kl",
     "normal_like",
     "normal_log_prob",
