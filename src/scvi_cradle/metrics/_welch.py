@@ -16,12 +16,15 @@ from scvi_cradle.metrics._distances import as_cells, in_order_of
 
 Variance: TypeAlias = Literal["reliability", "frequency", "biased"]
 ROUNDING = 1e-12  # of the weighted sum of squares: a smaller spread is none
+UNUSABLE = 1e-12  # of the sum of the weights: a smaller denominator of the variance is none
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
+    """Of every gene, for one group of cells ``(n_genes,)`` or for several ``(n_groups, n_genes)``."""
+
     mean: np.ndarray
     variance: np.ndarray
-    n_eff: float
+    n_eff: Any  # one number, or an array of shape (n_groups, 1)
 
 
 def kish_effective_size(weights: ArrayLike) -> float:
@@ -107,31 +110,31 @@ def weighted_welch(
     w = _weights(weights, "weights", test.shape[0])
     v = np.ones(reference.shape[0]) if reference_weights is None else reference_weights
     v = _weights(v, "reference_weights", reference.shape[0])
-    a, b = _moments(test, w, variance), _moments(reference, v, variance)
+    a, b = moments(test, w, variance), moments(reference, v, variance)
+    columns = {**compare(a, b), "n_eff": np.full(len(a.mean), float(a.n_eff))}
+    return pd.DataFrame(columns, index=genes)
+
+
+def compare(a: Moments, b: Moments) -> dict[str, np.ndarray]:
+    """Return ``statistic, df, pvalue, mean_difference`` from the moments of test and reference cells."""
     difference = a.mean - b.mean
-    part_a, part_b = (m.variance / m.n_eff if m.n_eff > 0 else np.zeros(len(m.mean)) for m in (a, b))
+    part_a, part_b = (m.variance / np.where(m.n_eff > 0, m.n_eff, np.inf) for m in (a, b))
     squared = part_a + part_b
     valid = (a.n_eff > 1) & (b.n_eff > 1) & (squared > 0)
     safe = np.where(valid, squared, 1.0)
     statistic = np.where(valid, difference / np.sqrt(safe), 0.0)
     share_a, share_b = part_a / safe, part_b / safe
-    spread = share_a**2 / max(a.n_eff - 1, 1e-12) + share_b**2 / max(b.n_eff - 1, 1e-12)
+    spread = share_a**2 / np.maximum(a.n_eff - 1, 1e-12) + share_b**2 / np.maximum(b.n_eff - 1, 1e-12)
     df = np.where(valid, 1.0 / np.where(valid, spread, 1.0), 1.0)
     pvalue = np.where(valid, 2.0 * student_t.sf(np.abs(statistic), df), 1.0)
-    columns = {
-        "statistic": statistic,
-        "df": df,
-        "pvalue": pvalue,
-        "mean_difference": difference,
-        "n_eff": np.full(len(difference), a.n_eff),
-    }
-    return pd.DataFrame(columns, index=genes)
+    return {"statistic": statistic, "df": df, "pvalue": pvalue, "mean_difference": difference}
 
 
-def _moments(x: np.ndarray | sp.csr_matrix, w: np.ndarray, variance: Variance) -> _Moments:
+def moments(x: np.ndarray | sp.csr_matrix, w: np.ndarray, variance: Variance) -> Moments:
+    """Return the moments of weighted cells, where ``x`` holds no stored value twice."""
     x, w = x[w > 0], w[w > 0]
     if not len(w):
-        return _Moments(np.zeros(x.shape[1]), np.zeros(x.shape[1]), 0.0)
+        return Moments(np.zeros(x.shape[1]), np.zeros(x.shape[1]), 0.0)
     if variance != "frequency":  # the other forms do not depend on the scale, squares of small weights would be lost
         w = w / w.max()
     total = float(w.sum())
@@ -147,15 +150,18 @@ def _moments(x: np.ndarray | sp.csr_matrix, w: np.ndarray, variance: Variance) -
     else:
         squares, size = w @ (x - mean) ** 2, w @ x**2
     squares = np.where(squares > ROUNDING * size, squares, 0.0)
-    denominator = {
-        "reliability": total - float((w**2).sum()) / total,
-        "frequency": total - 1.0,
-        "biased": total,
-    }[variance]
-    usable = denominator > 1e-12 * total
-    return _Moments(
-        mean, squares / denominator if usable else np.zeros_like(mean), kish_effective_size(w) if usable else 0.0
+    freedom = degrees(total, float((w**2).sum()), variance)
+    usable = freedom > UNUSABLE * total
+    return Moments(
+        mean, squares / freedom if usable else np.zeros_like(mean), kish_effective_size(w) if usable else 0.0
     )
+
+
+def degrees(first: Any, second: Any, variance: Variance) -> Any:
+    """Return the denominator of the variance from the sums of the weights and of their squares."""
+    if variance == "frequency":
+        return first - 1.0
+    return first if variance == "biased" else first - second / first
 
 
 def _matrix(x: Any, name: str) -> np.ndarray | sp.csr_matrix:
