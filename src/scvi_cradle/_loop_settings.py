@@ -125,9 +125,7 @@ def _plain(value: Any) -> Any:
 LOOP: Mapping[str, LoopSettings] = MappingProxyType(
     {
         "recommended": LoopSettings(),
-        "published": LoopSettings(
-            n_outer=6, control_weights="equal", classifier={"lr": 1e-4, "patience": None}
-        ),
+        "published": LoopSettings(n_outer=6, control_weights="equal", classifier={"lr": 1e-4, "patience": None}),
     }
 )
 

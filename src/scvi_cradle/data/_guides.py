@@ -11,8 +11,8 @@ import scipy.sparse as sp
 from anndata import AnnData
 from mudata import MuData
 
-from scvi_cradle._guides import guide_table
 from scvi_cradle._constants import KEYS
+from scvi_cradle._guides import guide_table
 from scvi_cradle._labels import LabelRule
 from scvi_cradle._validation import check_key, near_matches, preview
 from scvi_cradle.data._queries import expression_of

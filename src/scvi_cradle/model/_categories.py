@@ -181,9 +181,7 @@ def gene_tests(
     ``(n_categories,)``.
     """
     controls = np.ones(len(screen.control_row)) if control_score is None else control_score**settings.gamma
-    out = welch_tests(
-        x, screen.matrix(probability**settings.gamma), screen.matrix(controls, controls=True)
-    )
+    out = welch_tests(x, screen.matrix(probability**settings.gamma), screen.matrix(controls, controls=True))
     pvalue, difference = out["pvalue"], np.abs(out["mean_difference"])
     padj = np.minimum(pvalue * x.shape[1], 1.0)
     significant = padj <= settings.fdr_level

@@ -15,14 +15,14 @@ from scvi_cradle._matrix import to_csr
 from scvi_cradle._validation import check_positive, check_probability
 from scvi_cradle.data import non_targeting_counts
 from scvi_cradle.model._categories import Screen, gene_tests, sigmoid, top_half_gap
-from scvi_cradle.model._loop import PerturbationLoopMixin
+from scvi_cradle.model._moved_cells import MovedCellsMixin
 from scvi_cradle.train import ClassifierSettings, fit_classifiers
 
 NOMINAL = 0.05
 SETTINGS = ("score", "equal", "unweighted")
 
 
-class NullMixin(PerturbationLoopMixin):
+class NullMixin(MovedCellsMixin):
     """``get_null_calibration``."""
 
     def get_null_calibration(
@@ -96,7 +96,7 @@ class NullMixin(PerturbationLoopMixin):
 
     def _null_controls(self) -> np.ndarray:
         """Return the controls of the most frequent cell type, training and validation."""
-        rows, types = self._controls(self._screen())
+        rows, types = self._controls()
         if not len(rows):
             return rows
         names, sizes = np.unique(types, return_counts=True)
@@ -148,7 +148,7 @@ class NullMixin(PerturbationLoopMixin):
         keys: dict[str, Any] = {"perturbation_key": "perturbation"}
         abundance = non_targeting_counts(self.adata, self.registry_)
         if abundance is not None:
-            counts = {name: abundance[controls] for name in names}
+            counts = dict.fromkeys(names, abundance[controls])
             null.obsm["guides"] = pd.DataFrame(counts, index=null.obs_names)
             keys |= {"guide_counts_key": "guides", "guide_targets": {name: name for name in names}}
         type(self).setup_anndata(null, **keys)

@@ -138,7 +138,15 @@ def _check(settings: dict[str, Any]) -> None:
         levels = np.asarray(settings["quantiles"], dtype=np.float64)
     except (TypeError, ValueError):
         levels = np.zeros(0)
-    if levels.ndim != 1 or len(levels) < 2 or not (levels > 0).all() or not (levels < 1).all() or (np.diff(levels) <= 0).any():
-        msg = f"`quantiles` must be at least two increasing numbers between 0 and 1; received {settings['quantiles']!r}."
+    if (
+        levels.ndim != 1
+        or len(levels) < 2
+        or not (levels > 0).all()
+        or not (levels < 1).all()
+        or (np.diff(levels) <= 0).any()
+    ):
+        msg = (
+            f"`quantiles` must be at least two increasing numbers between 0 and 1; received {settings['quantiles']!r}."
+        )
         raise ValueError(msg)
     settings["quantiles"] = tuple(float(level) for level in levels)
