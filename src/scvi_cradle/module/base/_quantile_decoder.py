@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from scvi_cradle.module.base._quantiles import (
 )
 
 START_SHRINKAGE = 0.1  # of the last layer's weights, so that the outputs start close to their biases
+BLOCK_VALUES = 4096  # values whose quantiles fit into the processor's cache
 
 
 class HurdleQuantiles(NamedTuple):
@@ -28,11 +30,84 @@ class HurdleQuantiles(NamedTuple):
     logits
         Log-odds of a positive value, shape ``(n_cells, n_genes)``.
     quantiles
-        Quantiles of the value where it is positive, shape ``(n_cells, n_genes, n_levels)``.
+        Quantiles, in order, of the value where it is positive, shape ``(n_cells, n_genes, n_levels)``.
     """
 
     logits: Tensor
     quantiles: Tensor
+
+
+def quantile_loss(a: Tensor, y: Tensor, levels: Tensor, monotone: Monotone) -> Tensor:
+    """Return the loss of values from the outputs ``(n_values, n_levels)`` of their genes: the pinball's mean over levels.
+
+    ``monotone="penalty"`` adds the mean crossing of neighbouring quantiles.
+    """
+    q = monotone_quantiles(a, monotone)
+    loss = pinball(y, q, levels).mean(-1)
+    return loss + crossing_penalty(q) if monotone == "penalty" else loss
+
+
+class _GatheredLoss(torch.autograd.Function):
+    """Weighted sum of ``quantile_loss`` over given values, without the outputs of the cells and genes in between.
+
+    Every gene's outputs are computed for the cells that have a value, block by block, and so are the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        cell: Tensor,
+        gene: Tensor,
+        y: Tensor,
+        value_weight: Tensor,
+        levels: Tensor,
+        monotone: Monotone,
+    ) -> tuple[Tensor, Tensor]:
+        counts = torch.bincount(gene, minlength=len(weight)).tolist()
+        cells, losses, learns = cell.split(counts), torch.empty_like(y), any(ctx.needs_input_grad[:3])
+        d_features, d_weight, d_bias = (torch.zeros_like(v) if learns else v for v in (features, weight, bias))
+        start = 0
+        for genes in _blocks(counts):
+            sizes = counts[genes]
+            values = slice(start, start + sum(sizes))
+            start = values.stop
+            inputs = [features.index_select(0, c) for c in cells[genes]]
+            a = features.new_empty(sum(sizes), len(levels))
+            for out, f, w, b in zip(a.split(sizes), inputs, weight[genes], bias[genes], strict=True):
+                torch.addmm(b, f, w.t(), out=out)
+            with torch.set_grad_enabled(learns):
+                loss = quantile_loss(a.requires_grad_(learns), y[values], levels, monotone)
+            losses[values] = loss.detach()
+            if not learns:
+                continue
+            (slopes,) = torch.autograd.grad(loss, a, value_weight[values])
+            d_bias[genes] = torch.stack([s.sum(0) for s in slopes.split(sizes)])
+            for s, f, w, c, d_w in zip(
+                slopes.split(sizes), inputs, weight[genes], cells[genes], d_weight[genes], strict=True
+            ):
+                torch.mm(s.t(), f, out=d_w)
+                d_features.index_add_(0, c, s @ w)
+        if learns:
+            ctx.save_for_backward(d_features, d_weight, d_bias)
+        ctx.mark_non_differentiable(losses)
+        return losses @ value_weight, losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return (*(grads[0] * d for d in ctx.saved_tensors), *[None] * 6)
+
+
+def _blocks(counts: list[int]) -> list[slice]:
+    """Return runs of genes that have some 4,096 values together."""
+    bounds, size = [0], 0
+    for gene, n in enumerate(counts):
+        if size and size + n > BLOCK_VALUES:
+            bounds, size = [*bounds, gene], 0
+        size += n
+    return [slice(*pair) for pair in pairwise([*bounds, len(counts)])]
 
 
 class QuantileHead(nn.Module):
@@ -77,14 +152,17 @@ class QuantileHead(nn.Module):
 
         Returns
         -------
-        The sum (a scalar) and the loss of every value, its mean over levels, shape ``(n_values,)``.
+        The sum (a scalar) and the loss of every value, shape ``(n_values,)``.
         """
-        a = self.output(self.basis(features)).unflatten(-1, (self.n_genes, self.n_levels))[cell, gene]
-        q = monotone_quantiles(a, self.monotone)
-        values = pinball(y, q, levels).mean(-1)
-        if self.monotone == "penalty":
-            values = values + crossing_penalty(q)
-        return (values * weight).sum(), values.detach()
+        inputs, shape = self.basis(features), (self.n_genes, self.n_levels)
+        matrix, bias = self.output.weight.unflatten(0, shape), self.output.bias.unflatten(0, shape)
+        if features.device.type == "cpu":
+            if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
+                inputs, matrix, bias = inputs.detach(), matrix.detach(), bias.detach()
+            return _GatheredLoss.apply(inputs, matrix, bias, cell, gene, y, weight, levels, self.monotone)
+        a = self.output(inputs).unflatten(-1, shape)  # one product suits a GPU
+        losses = quantile_loss(a[cell, gene], y, levels, self.monotone)
+        return losses @ weight, losses.detach()
 
     @torch.no_grad()
     def initialize(self, quantiles: Tensor) -> None:
