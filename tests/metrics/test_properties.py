@@ -68,8 +68,23 @@ CASES = {
 # what is not a score of a pair of matrices has tests of its own, for these properties, too
 ELSEWHERE = {
     *("average_treatment_effects", "bernoulli_kl", "block_r2", "cell_eval_scores", "evaluate", "evaluate_effects"),
-    *("gaussian_kl", "importance_weighted_bound", "iwelbo_summary", "jaccard_chance", "kish_effective_size"),
-    *("linear_probe", "mask_f1", "mean_correlation_coefficient", "pathway_accuracy", "qc_pass_rate"),
+    *(
+        "gaussian_kl",
+        "importance_weighted_bound",
+        "iwelbo_summary",
+        "jaccard_chance",
+        "kish_effective_size",
+        "latent_separation",
+    ),
+    *(
+        "linear_probe",
+        "marker_score",
+        "probability_scores",
+        "mask_f1",
+        "mean_correlation_coefficient",
+        "pathway_accuracy",
+        "qc_pass_rate",
+    ),
     *("replicate_ceiling", "to_cell_eval", "write_cell_eval"),
 }
 every_metric = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -27,6 +27,7 @@ from scvi_cradle.metrics._scores import (
     pearson_delta,
     perturbation_discrimination,
 )
+from scvi_cradle.metrics._separation import latent_separation, marker_score, probability_scores
 from scvi_cradle.metrics._welch import kish_effective_size, weighted_welch
 
 __all__ = [
@@ -46,7 +47,9 @@ __all__ = [
     "jaccard_top_k",
     "kish_effective_size",
     "l2_of_means",
+    "latent_separation",
     "linear_probe",
+    "marker_score",
     "mask_f1",
     "mean_correlation_coefficient",
     "mmd_multiscale",
@@ -54,6 +57,7 @@ __all__ = [
     "pathway_accuracy",
     "pearson_delta",
     "perturbation_discrimination",
+    "probability_scores",
     "published_r2_of_means",
     "published_relative_rmse",
     "qc_pass_rate",

@@ -59,7 +59,10 @@ def mmd_rbf(
             raise ValueError(msg)
         reference = in_order_of(real, reference, "real", "reference")
         anchor = x if reference is None else as_cells(reference, "reference", 2)
-        bandwidth = _median_distance(anchor, x.shape[1])
+        bandwidth = median_distance(anchor, x.shape[1])
+        if bandwidth == 0:
+            msg = "The width of the kernel must be positive; received cells with a median distance of 0: give `bandwidth`."
+            raise ValueError(msg)
     check_positive("bandwidth", bandwidth)
     scales = [2.0 * (bandwidth * f) ** 2 for f in BANDWIDTH_FACTORS]
     return _mmd(x, y, scales, unbiased=unbiased) / len(scales)
@@ -149,18 +152,15 @@ def _mmd(x: np.ndarray, y: np.ndarray, scales: list[float], *, unbiased: bool) -
     return mean(x, x, own=True) + mean(y, y, own=True) - 2.0 * mean(x, y, own=False)
 
 
-def _median_distance(cells: np.ndarray, n_features: int) -> float:
+def median_distance(cells: np.ndarray, n_features: int) -> float:
+    """Return the square root of the median squared distance between at most 500 of ``cells``, evenly spaced."""
     if cells.shape[1] != n_features:
         msg = f"`reference` must have the features of `real`; received {cells.shape[1]} and {n_features}."
         raise ValueError(msg)
     rows = np.unique(np.linspace(0, len(cells) - 1, min(len(cells), N_REFERENCE)).astype(np.int64))
     chosen = cells[rows]
     d2 = cdist(chosen, chosen, "sqeuclidean")[np.triu_indices(len(chosen), 1)]
-    median = float(np.median(d2))
-    if median == 0:
-        msg = "The width of the kernel must be positive; received cells with a median distance of 0: give `bandwidth`."
-        raise ValueError(msg)
-    return float(np.sqrt(median))
+    return float(np.sqrt(np.median(d2)))
 
 
 def paired_cells(real: Any, predicted: Any, n_least: int) -> tuple[np.ndarray, np.ndarray]:

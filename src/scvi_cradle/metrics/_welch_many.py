@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,24 @@ def welch_tests(x: Any, test: Any, reference: Any, *, variance: Variance = "reli
         msg = f"`test` and `reference` must have one column for each category; received {w.shape[1]} and {v.shape[1]}."
         raise ValueError(msg)
     squared = x.power(2)
-    a, b = _all_moments(x, squared, w, variance), _all_moments(x, squared, v, variance)
+    a = _all_moments(x, squared, w, variance)
+    first, of_category = _distinct(v)
+    b = Moments(*(m[of_category] for m in _all_moments(x, squared, v[:, first], variance)))
     return {**compare(a, b), "n_eff": a.n_eff.ravel()}
+
+
+def _distinct(weights: sp.csc_matrix) -> tuple[list[int], np.ndarray]:
+    """Return the first of every set of equal columns, and for each column its set: controls are often shared."""
+    known: dict[tuple[bytes, bytes], int] = {}
+    first: list[int] = []
+    of_category = np.empty(weights.shape[1], dtype=np.int64)
+    for k, (start, stop) in enumerate(pairwise(weights.indptr)):
+        key = (weights.indices[start:stop].tobytes(), weights.data[start:stop].tobytes())
+        if key not in known:
+            known[key] = len(first)
+            first.append(k)
+        of_category[k] = known[key]
+    return first, of_category
 
 
 def _all_moments(x: sp.csr_matrix, squared: sp.csr_matrix, weights: sp.csc_matrix, variance: Variance) -> Moments:
