@@ -24,7 +24,8 @@ def dense(adata):
 
 
 def test_every_public_model_is_under_contract(cases):
-    assert {case.model.__name__ for case in cases} == set(cradle.model.__all__)
+    others = {"QuantileHurdleAE"}  # of normalised values: test_quantilehurdle.py
+    assert {case.model.__name__ for case in cases} | others == set(cradle.model.__all__)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------------
