@@ -84,7 +84,7 @@ class _GatheredLoss(torch.autograd.Function):
             if not learns:
                 continue
             (slopes,) = torch.autograd.grad(loss, a, value_weight[values])
-            d_bias[genes] = torch.stack([s.sum(0) for s in slopes.split(sizes)])
+            d_bias.index_add_(0, gene[values], slopes)
             for s, f, w, c, d_w in zip(
                 slopes.split(sizes), inputs, weight[genes], cells[genes], d_weight[genes], strict=True
             ):
@@ -154,13 +154,19 @@ class QuantileHead(nn.Module):
         -------
         The sum (a scalar) and the loss of every value, shape ``(n_values,)``.
         """
-        inputs, shape = self.basis(features), (self.n_genes, self.n_levels)
-        matrix, bias = self.output.weight.unflatten(0, shape), self.output.bias.unflatten(0, shape)
-        if features.device.type == "cpu":
-            if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
-                inputs, matrix, bias = inputs.detach(), matrix.detach(), bias.detach()
-            return _GatheredLoss.apply(inputs, matrix, bias, cell, gene, y, weight, levels, self.monotone)
-        a = self.output(inputs).unflatten(-1, shape)  # one product suits a GPU
+        if features.device.type != "cpu":
+            return self.dense_loss(features, levels, cell, gene, y, weight)
+        shape = (self.n_genes, self.n_levels)
+        parts = self.basis(features), self.output.weight.unflatten(0, shape), self.output.bias.unflatten(0, shape)
+        if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
+            parts = tuple(v.detach() for v in parts)
+        return _GatheredLoss.apply(*parts, cell, gene, y, weight, levels, self.monotone)
+
+    def dense_loss(
+        self, features: Tensor, levels: Tensor, cell: Tensor, gene: Tensor, y: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``weighted_loss`` returns, in its plain form: one product for all cells and genes, as suits a GPU."""
+        a = self.output(self.basis(features)).unflatten(-1, (self.n_genes, self.n_levels))
         losses = quantile_loss(a[cell, gene], y, levels, self.monotone)
         return losses @ weight, losses.detach()
 
