@@ -1,6 +1,7 @@
 """Training plans, and the training of many classifiers."""
 
-from scvi_cradle.train._classifiers import ClassifierFit, ClassifierSettings, fit_classifiers, score
+from scvi_cradle.train._classifier_settings import ClassifierSettings
+from scvi_cradle.train._classifiers import ClassifierFit, fit_classifiers, score
 from scvi_cradle.train._plan import (
     ALIGN_WARMUP,
     KL_WARMUP,

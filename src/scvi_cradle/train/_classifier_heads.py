@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,86 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from scvi_cradle._validation import check_one_of, check_positive, check_probability
 from scvi_cradle.module.base import ClassifierBank, hidden_part
-from scvi_cradle.module.base._nnnu import CORRECTIONS, Correction
+from scvi_cradle.module.base._nnnu import Correction
+from scvi_cradle.train._classifier_settings import ClassifierSettings
 
 BLOCK_ROWS = 9_000  # cells times heads trained at once: what the caches hold
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW as in torch
+MIN_GAIN = 1e-3  # of the validation risk, for a head to be given more time
 TOLERANCE = 1e-9  # of comparisons with a target: .9 - 15 * .05 is not .15
-
-
-@dataclass(frozen=True)
-class ClassifierSettings:
-    """How classifiers are fitted; published are ``lr=1e-4`` and ``patience=None``.
-
-    Parameters
-    ----------
-    n_hidden, dropout
-        Width of the hidden layer; probability to leave out a hidden unit (rounded to 1/256).
-    lr, weight_decay
-        Of AdamW (decoupled decay).
-    max_steps
-        Full-batch steps per prevalence, rounded up to a multiple of ``check_every``.
-    check_every
-        Steps between two looks at the validation cells.
-    patience
-        Steps without a smaller validation risk after which a head stops; ``None``: never. The weights with the
-        smallest validation risk are restored in any case.
-    prevalence_start, prevalence_step, prevalence_min
-        The assumed share of positives falls from ``prevalence_start`` in steps until the controls score low enough.
-    control_target
-        Largest mean probability of the validation controls.
-    n_folds
-        Folds of the out-of-fold scores.
-    correction
-        ``"clamp"`` or ``"ascent"``, see :func:`~scvi_cradle.module.base.nnnu_risk`.
-    max_negative
-        Most controls that a head trains on, drawn at random; ``None``: all.
-    """
-
-    n_hidden: int = 16
-    dropout: float = 0.5
-    lr: float = 1e-3
-    weight_decay: float = 5e-4
-    max_steps: int = 7_000
-    check_every: int = 100
-    patience: int | None = 500
-    prevalence_start: float = 0.9
-    prevalence_step: float = 0.05
-    prevalence_min: float = 0.05
-    control_target: float = 0.15
-    n_folds: int = 4
-    correction: Correction = "clamp"
-    max_negative: int | None = 2_000
-
-    def __post_init__(self) -> None:
-        for name in ("n_hidden", "max_steps", "check_every"):
-            check_positive(name, getattr(self, name), integer=True)
-        for name in ("patience", "max_negative"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name), integer=True)
-        check_positive("lr", self.lr)
-        check_positive("weight_decay", self.weight_decay, allow_zero=True)
-        for name in ("prevalence_start", "prevalence_step", "prevalence_min", "control_target"):
-            check_probability(name, getattr(self, name))
-        check_one_of("correction", self.correction, CORRECTIONS)
-        if not 0 <= self.dropout < 1:
-            msg = f"`dropout` must lie in [0, 1); received {self.dropout!r}."
-            raise ValueError(msg)
-        if self.prevalence_min > self.prevalence_start:
-            msg = (
-                "`prevalence_min` must not exceed `prevalence_start`; "
-                f"received {self.prevalence_min!r} and {self.prevalence_start!r}."
-            )
-            raise ValueError(msg)
-        if not isinstance(self.n_folds, int) or self.n_folds < 2:
-            msg = f"`n_folds` must be an integer of 2 or more; received {self.n_folds!r}."
-            raise ValueError(msg)
-
-    def prevalence(self, level: int) -> float:
-        """Return the assumed share of positives at a level, 0 being the first."""
-        return round(self.prevalence_start - level * self.prevalence_step, 12)
 
 
 class Head(NamedTuple):
@@ -132,7 +58,7 @@ class Rows(NamedTuple):
     unlabeled: Tensor  # (n_heads, n)
     negative: Tensor  # (n_heads, n)
 
-    def take(self, heads: Tensor) -> Rows:
+    def take(self, heads: np.ndarray) -> Rows:
         """Return the rows of some heads, without the padding that only the others needed."""
         n = int((self.unlabeled + self.negative)[heads].gt(0).sum(1).max())
         return Rows(*(part[heads, :n].contiguous() for part in self))
@@ -164,24 +90,28 @@ def padded_rows(z: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]], scali
     return Rows(torch.from_numpy(rows), *torch.from_numpy(weights))
 
 
-def risk_and_gradient(
+def risk_gradient(
     weights: Tensor,
     rows: Rows,
     prevalence: Tensor,
     mask: Tensor,
     keep: float,
     correction: Correction = "clamp",
-    n_hidden: int = 16,
+    workspace: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the gradient of the heads' risks (eq. 6) by their weights, shape of ``weights``.
 
     ``mask`` (n, n_hidden) holds 1 for hidden units that stay and 0 for the others, for all heads; ``keep`` is the
     probability to stay. By hand instead of autograd: a rectifier is linear in its sign, so that one product with the
-    cells gives the gradients of both layers.
+    cells gives the gradients of both layers. ``workspace`` holds two tensors (n_heads, n, n_hidden) to write to: fresh
+    memory in every step costs as much as the arithmetic.
     """
+    n_hidden = mask.shape[1]
     inner, outer = hidden_part(weights, n_hidden), weights[:, -(n_hidden + 1) : -1] / keep
-    h = torch.bmm(rows.z, inner).mul_(mask).relu_()
-    g = torch.linalg.vecdot(h, outer[:, None]) + weights[:, -1:]
+    shape = (*rows.z.shape[:2], n_hidden)
+    h, work = workspace or (rows.z.new_empty(shape), rows.z.new_empty(shape))
+    torch.bmm(rows.z, inner, out=h).mul_(mask).relu_()
+    g = torch.mul(h, outer[:, None], out=work).sum(-1) + weights[:, -1:]
     sigmoid = g.sigmoid()
     certain = (1.0 - prevalence)[:, None] * rows.negative
     signed = rows.unlabeled - certain
@@ -191,8 +121,8 @@ def risk_and_gradient(
         by_logit = torch.where(bracket > 0, of_bracket, 0.0) + of_rest
     else:
         by_logit = torch.where(bracket < 0, -of_bracket, of_bracket + of_rest)
-    active = torch.ops.aten.threshold_backward(by_logit[..., None].expand_as(h), h, 0.0)
-    product = torch.bmm(rows.z.transpose(1, 2), active)
+    torch.ops.aten.threshold_backward.grad_input(by_logit[..., None].expand(shape), h, 0.0, grad_input=work)
+    product = torch.bmm(rows.z.transpose(1, 2), work)
     by_outer = (product * inner).sum(1) / keep
     return torch.cat([(product * outer[:, None]).flatten(1), by_outer, by_logit.sum(1, keepdim=True)], dim=1)
 
@@ -209,77 +139,119 @@ def evaluate(weights: Tensor, rows: Rows, prevalence: Tensor, n_hidden: int) -> 
 
 
 def train_block(z: np.ndarray, heads: list[Head], settings: ClassifierSettings, seed: int) -> list[FittedHead]:
-    """Train heads side by side until each has found its prevalence; what a head becomes depends on it alone."""
-    n_hidden = settings.n_hidden
-    scaling = [_scaling(z[np.concatenate([h.unlabeled, h.negative])]) for h in heads]
-    train = padded_rows(z, [(h.unlabeled, h.negative) for h in heads], scaling)
-    valid = padded_rows(z, [(h.valid_unlabeled, h.valid_negative) for h in heads], scaling)
-    generators = [torch.Generator().manual_seed(h.seed) for h in heads]
-    weights = ClassifierBank(len(heads), z.shape[1], n_hidden, generators=generators).weights.detach()
-    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
-    level = np.zeros(len(heads), dtype=np.int64)
-    fixed = np.array([h.prevalence is not None for h in heads])
-    shares = [settings.prevalence(0) if h.prevalence is None else h.prevalence for h in heads]
-    share = torch.tensor(shares, dtype=torch.float32)
-    best_risk, best_score = torch.full((len(heads),), math.inf), torch.zeros(len(heads))
-    best, best_step, step = weights.clone(), torch.zeros(len(heads)), torch.zeros(len(heads))
+    """Train heads side by side, each until it has found its prevalence; what becomes of one depends on it alone."""
+    block = _Block(z, heads, settings)
+    dropout = _Dropout(settings.dropout, settings.n_hidden, seed)
+    done: dict[int, FittedHead] = {}
     total = 0
-    members = np.arange(len(heads))
-    done: list[FittedHead | None] = [None] * len(heads)
-    dropout = _Dropout(settings.dropout, n_hidden, seed)
     while True:
-        risk, control = evaluate(weights, valid, share, n_hidden)
-        better = risk < best_risk
-        best_risk, best_score = torch.where(better, risk, best_risk), torch.where(better, control, best_score)
-        best, best_step = torch.where(better[:, None], weights, best), torch.where(better, step, best_step)
-        ended = step >= settings.max_steps
-        if settings.patience is not None:
-            ended |= step - best_step >= settings.patience
-        if ended.any():
-            reached = best_score.numpy() <= settings.control_target + TOLERANCE
-            lower = np.array([settings.prevalence(i + 1) for i in level])
-            floor = lower < settings.prevalence_min - TOLERANCE
-            leaving = ended.numpy() & (fixed | reached | floor)
-            for i in np.flatnonzero(leaving):
-                done[members[i]] = FittedHead(
-                    best[i].numpy().copy(),
-                    *scaling[members[i]],
-                    prevalence=settings.prevalence(level[i]) if not fixed[i] else float(heads[members[i]].prevalence),
-                    calibrated=bool(reached[i]),
-                    control_score=float(best_score[i]),
-                    steps=total,
-                )
-            next_level = ended & ~torch.from_numpy(leaving)
-            if next_level.any():  # from the best weights, moved by what the assumed share changes for equal samples
-                level += next_level.numpy()
-                shares = torch.tensor([settings.prevalence(i) for i in level], dtype=share.dtype)
-                shift = torch.logit(shares) - torch.logit(share)
-                moved = torch.cat([best[:, :-1], best[:, -1:] + shift[:, None]], dim=1)
-                weights = torch.where(next_level[:, None], moved, weights)
-                share = torch.where(next_level, shares, share)
-                first[next_level], second[next_level] = 0.0, 0.0
-                step = torch.where(next_level, 0.0, step)
-                best_risk = torch.where(next_level, math.inf, best_risk)
-            if leaving.all():
-                break
-            if leaving.any():
-                stay = torch.from_numpy(np.flatnonzero(~leaving))
-                state = (weights, first, second, share, best_risk, best_score, best, best_step, step)
-                weights, first, second, share, best_risk, best_score, best, best_step, step = (s[stay] for s in state)
-                level, fixed, members = level[~leaving], fixed[~leaving], members[~leaving]
-                train, valid = train.take(stay), valid.take(stay)
-            if next_level.any():
-                continue  # the start of a level is a candidate too
+        block.look()
+        while len(ended := block.ended()):  # the start of a level may be its end
+            leaving = ended[[block.is_last_level(i) for i in ended]]
+            done |= {int(block.members[i]): block.fitted(i, total) for i in leaving}
+            block.next_level(np.setdiff1d(ended, leaving))
+            block.leave(leaving)
+            if not len(block.members):
+                return [done[i] for i in range(len(heads))]
+            block.look()
         for _ in range(settings.check_every):
-            mask = dropout.mask(total, train.z.shape[1])
-            gradient = risk_and_gradient(weights, train, share, mask, dropout.keep, settings.correction, n_hidden)
-            step, total = step + 1, total + 1
-            first.lerp_(gradient, 1 - BETAS[0])
-            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            rate = settings.lr / (1 - BETAS[0] ** step)[:, None]
-            root = (second / (1 - BETAS[1] ** step)[:, None]).sqrt_().add_(EPS)
-            weights = (weights * (1 - settings.lr * settings.weight_decay)).sub_(first * rate / root)
-    return [head for head in done if head is not None]
+            block.step(dropout, total)
+            total += 1
+
+
+class _Block:
+    """Heads that are trained side by side: their cells, weights, optimiser and best weights so far."""
+
+    def __init__(self, z: np.ndarray, heads: list[Head], settings: ClassifierSettings) -> None:
+        n = len(heads)
+        self.heads, self.settings, self.members = heads, settings, np.arange(n)
+        self.scaling = [_scaling(z[np.concatenate([h.unlabeled, h.negative])]) for h in heads]
+        self.train = padded_rows(z, [(h.unlabeled, h.negative) for h in heads], self.scaling)
+        self.valid = padded_rows(z, [(h.valid_unlabeled, h.valid_negative) for h in heads], self.scaling)
+        self.workspace = self._workspace()
+        shares = [settings.prevalence(0) if h.prevalence is None else h.prevalence for h in heads]
+        self.share = torch.tensor(shares, dtype=torch.float32)
+        generators = [torch.Generator().manual_seed(h.seed) for h in heads]
+        self.weights = ClassifierBank(n, z.shape[1], settings.n_hidden, generators=generators).weights.detach()
+        self.weights[:, -1] += torch.logit(self.share)  # the best constant
+        self.best = self.weights.clone()
+        self.first, self.second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.level, self.steps, self.last_gain = np.zeros((3, n), dtype=np.int64)
+        self.score, self.risk, self.to_beat = np.zeros(n), np.full(n, np.inf), np.full(n, np.inf)
+
+    def look(self) -> None:
+        """Compare the weights with the best ones on the validation cells."""
+        risk, score = (t.numpy() for t in evaluate(self.weights, self.valid, self.share, self.settings.n_hidden))
+        better = risk < self.risk
+        self.risk, self.score = np.where(better, risk, self.risk), np.where(better, score, self.score)
+        self.best = torch.where(torch.from_numpy(better)[:, None], self.weights, self.best)
+        gain = risk < self.to_beat
+        self.to_beat = np.where(gain, risk - MIN_GAIN, self.to_beat)
+        self.last_gain = np.where(gain, self.steps, self.last_gain)
+
+    def ended(self) -> np.ndarray:
+        """Return the heads whose level is over."""
+        ended = self.steps >= self.settings.max_steps
+        if self.settings.patience is not None:
+            ended |= self.steps - self.last_gain >= self.settings.patience
+        return np.flatnonzero(ended)
+
+    def is_calibrated(self, head: int) -> bool:
+        return bool(self.score[head] <= self.settings.control_target + TOLERANCE)
+
+    def is_last_level(self, head: int) -> bool:
+        lower = self.settings.prevalence(int(self.level[head]) + 1)
+        is_fixed = self.heads[self.members[head]].prevalence is not None
+        return is_fixed or self.is_calibrated(head) or lower < self.settings.prevalence_min - TOLERANCE
+
+    def fitted(self, head: int, steps: int) -> FittedHead:
+        """Return a head with its best weights."""
+        member = self.members[head]
+        fixed, weights = self.heads[member].prevalence, self.best[head].numpy().copy()
+        prevalence = self.settings.prevalence(int(self.level[head])) if fixed is None else fixed
+        score = float(self.score[head])
+        mean, scale = self.scaling[member]
+        return FittedHead(weights, mean, scale, prevalence, self.is_calibrated(head), score, steps)
+
+    def next_level(self, heads: np.ndarray) -> None:
+        """Lower the share of some heads and start from their best weights, moved as the best constant moves."""
+        self.level[heads] += 1
+        before = torch.logit(self.share[heads])
+        self.share[heads] = torch.tensor([self.settings.prevalence(int(i)) for i in self.level[heads]]).float()
+        self.weights[heads] = self.best[heads]
+        self.weights[heads, -1] += torch.logit(self.share[heads]) - before
+        self.first[heads], self.second[heads] = 0.0, 0.0
+        self.steps[heads], self.last_gain[heads] = 0, 0
+        self.risk[heads], self.to_beat[heads] = np.inf, np.inf
+
+    def leave(self, heads: np.ndarray) -> None:
+        """Take heads out of the block."""
+        stay = np.setdiff1d(np.arange(len(self.members)), heads)
+        if len(stay) in (0, len(self.members)):
+            self.members = self.members[stay]
+            return
+        for name in ("weights", "best", "first", "second", "share", "level", "steps", "last_gain"):
+            setattr(self, name, getattr(self, name)[stay])
+        for name in ("score", "risk", "to_beat", "members"):
+            setattr(self, name, getattr(self, name)[stay])
+        self.train, self.valid = self.train.take(stay), self.valid.take(stay)
+        self.workspace = self._workspace()
+
+    def _workspace(self) -> tuple[Tensor, Tensor]:
+        h = torch.empty(*self.train.z.shape[:2], self.settings.n_hidden)
+        return h, torch.empty_like(h)
+
+    def step(self, dropout: _Dropout, number: int) -> None:
+        """Take one full-batch step of AdamW."""
+        s = self.settings
+        mask = dropout.mask(number, self.train.z.shape[1])
+        gradient = risk_gradient(self.weights, self.train, self.share, mask, dropout.keep, s.correction, self.workspace)
+        self.steps += 1
+        self.first.lerp_(gradient, 1 - BETAS[0])
+        self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        rate, root = (torch.from_numpy(1 - b**self.steps).float()[:, None] for b in BETAS)
+        self.weights.mul_(1 - s.lr * s.weight_decay)
+        self.weights.addcdiv_(self.first * (s.lr / rate), (self.second / root).sqrt_().add_(EPS), value=-1.0)
 
 
 class _Dropout:

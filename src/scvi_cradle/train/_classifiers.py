@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scvi_cradle.train._classifier_heads import ClassifierSettings, FittedHead, Head, blocks, train_block
+from scvi_cradle.train._classifier_heads import FittedHead, Head, blocks, train_block
+from scvi_cradle.train._classifier_settings import ClassifierSettings
 
 
 @dataclass(frozen=True)

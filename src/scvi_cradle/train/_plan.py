@@ -40,6 +40,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         Further arguments of :class:`scvi.train.TrainingPlan`.
     """
 
+    fused = False  # one kernel for all weights: worth it for tens of millions of them
+
     def __init__(
         self,
         module: BaseModuleClass,
@@ -73,7 +75,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         effects = [p for name, p in self.module.named_parameters() if name.startswith(EFFECTS)]
         others = [p for name, p in self.module.named_parameters() if not name.startswith(EFFECTS)]
         groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
-        optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        arguments: dict[str, Any] = {"fused": True} if self.fused else {}
+        optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, **arguments)
         if self.lr_schedule == "constant":
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -110,6 +113,8 @@ class ContinuedTrainingPlan(PerturbationTrainingPlan):
 
     The state is kept as ``module.optimizer_state``; None starts anew.
     """
+
+    fused = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimiser in the state in which the last training left it."""
