@@ -85,7 +85,7 @@ def latent(
     >>> cradle.pl.latent(effects, color="cluster", labels=effects.obs_names)
     >>> sc.tl.dendrogram(effects, groupby="cluster", use_rep="X")
     """
-    points = _points(adata, basis)
+    points = embedding_points(adata, basis)
     named = _named(adata, labels)
     values = None if color is None else _colour_values(adata, color)
     size = float(np.clip(15_000 / max(adata.n_obs, 1), 2, 36))
@@ -119,7 +119,8 @@ def _colour_values(adata: AnnData, color: str) -> pd.Series:
     return adata[:, color].to_df()[color]
 
 
-def _points(adata: AnnData, basis: str) -> np.ndarray:
+def embedding_points(adata: AnnData, basis: str) -> np.ndarray:
+    """Return the first two columns of an embedding in float64."""
     if basis not in adata.obsm:
         found = f"it holds {preview(adata.obsm) or 'nothing'}"
         msg = (
