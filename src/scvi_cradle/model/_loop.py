@@ -147,7 +147,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
                 if checkpoint_dir is not None:
                     write_checkpoint(checkpoint_dir, identity, loop, self.module)
                 bar.update()
-        self.loop_ = loop | identity
+        self._set_tables(loop | identity)
         self._cell_weights = None
 
     # ---- one round --------------------------------------------------------------------------------------------------
@@ -255,7 +255,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self._learn_from_training_cells(split[0])
         self.module.load_state_dict(content["module"])
         self.module.optimizer_state = content["optimizer"]
-        self.is_trained_, self.train_cells_, self.diagnostics_ = True, cells_hash(self.adata), {}
+        self.is_trained_, self.train_cells_ = True, cells_hash(self.adata)
+        self.history_, self.diagnostics_ = {}, {}
         self.train_indices_, self.validation_indices_, self.test_indices_ = split
         self.module.eval()
         return content["loop"]

@@ -17,7 +17,15 @@ from scvi_cradle.model._loop_data import LoopDataMixin
 class LoopResultsMixin(LoopDataMixin):
     """Probabilities, genes, and tables of the loop."""
 
+    #: State of the loop: scores, tests, settings.
     loop_: dict[str, Any] | None
+    #: Categories of the last round: ``target``, ``cell_type``, ``prevalence``, ``calibrated``, ``control_score`` (mean
+    #: probability of validation controls), ``gap``, ``kept``, ``n_significant`` genes.
+    screening_: pd.DataFrame | None
+    #: A row per round: genes selected, categories kept, mean prevalence and separation, weights, seconds.
+    loop_history_: pd.DataFrame | None
+    #: Separation of every label from its controls in the latent space of every round (see ``get_latent_separation``).
+    separation_: pd.DataFrame | None
 
     def _results(self) -> dict[str, Any]:
         if getattr(self, "loop_", None) is None:
@@ -84,33 +92,15 @@ class LoopResultsMixin(LoopDataMixin):
             msg = f"{what} need the training data; received a model without them: load it with `adata`."
             raise RuntimeError(msg)
 
-    @property
-    def screening_(self) -> pd.DataFrame | None:
-        """Categories of the last round: ``target``, ``cell_type``, ``prevalence``, ``calibrated``, ``control_score``, ``gap``, ``kept``, ``n_significant``; None before the loop."""
-        if getattr(self, "loop_", None) is None:
-            return None
-        loop = self._results()
-        columns = ("prevalence", "calibrated", "control_score", "gap", "kept")
+    def _set_tables(self, loop: dict[str, Any]) -> None:
+        """Set ``loop_`` and the tables of it that are attributes."""
+        self.loop_ = loop
         table = pd.DataFrame({"target": loop["target"], "cell_type": loop["cell_type"]})
-        for name in columns:
+        for name in ("prevalence", "calibrated", "control_score", "gap", "kept"):
             table[name] = loop[name]
-        return table.assign(n_significant=loop["tests"]["significant"].sum(1))
-
-    @property
-    def loop_history_(self) -> pd.DataFrame | None:
-        """One row per round: genes selected, categories kept, mean prevalence, mean separation, weights, seconds."""
-        return (
-            None
-            if getattr(self, "loop_", None) is None
-            else pd.DataFrame(self._results()["history"]).set_index("round")
-        )
-
-    @property
-    def separation_(self) -> pd.DataFrame | None:
-        """Separation of every label from its controls in the latent space of every round (see ``get_latent_separation``)."""
-        if getattr(self, "loop_", None) is None:
-            return None
-        return pd.concat([pd.DataFrame(part) for part in self._results()["separation"]], ignore_index=True)
+        self.screening_ = table.assign(n_significant=loop["tests"]["significant"].sum(1))
+        self.loop_history_ = pd.DataFrame(loop["history"]).set_index("round")
+        self.separation_ = pd.concat([pd.DataFrame(part) for part in loop["separation"]], ignore_index=True)
 
     def get_gene_weights(self) -> pd.DataFrame:
         """Return the genes with their ``priority`` (1 for genes that a round has selected), ``weight`` in the objective, and ``n_categories`` in which they were significant in the last round."""
