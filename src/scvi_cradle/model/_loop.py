@@ -256,7 +256,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self.module.load_state_dict(content["module"])
         self.module.optimizer_state = content["optimizer"]
         self.is_trained_, self.train_cells_ = True, cells_hash(self.adata)
-        self.history_, self.diagnostics_ = {}, {}
+        self.history_: dict[str, Any] = {}
+        self.diagnostics_ = {}
         self.train_indices_, self.validation_indices_, self.test_indices_ = split
         self.module.eval()
         return content["loop"]
