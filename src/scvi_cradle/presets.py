@@ -152,7 +152,10 @@ PERTURBED_PAPER: dict[str, Any] = {
     "mechanism": "mlp",
     "noise_scale": "learned",
     "lambda_bound": None,
+    "noise_encoder": "mlp",
     "likelihood": "mse",
+    "output_activation": "identity",
+    "output_variance": "learned",
     "alignment": "l2",
     "alignment_weight": None,  # 0.05; see `PerturbedVAE`
     "align_stop_grad": None,
@@ -160,6 +163,7 @@ PERTURBED_PAPER: dict[str, Any] = {
     "kl_weight_invariant": 1e-2,
     "n_epochs_kl_warmup": None,  # from 10 % to 50 % of the epochs: (10, 50) of 100
     "n_epochs_align_warmup": None,  # from 5 % to 50 %: (5, 50) of 100
+    "control_cells": "included",
     "control_pairing": "random",
     "sample_latents": True,
 }
@@ -254,6 +258,9 @@ CHOICES = {
     "mechanism": ("mlp", "linear"),
     "noise_scale": ("learned", "fixed"),
     "lambda_bound": ("tanh", None),
+    "noise_encoder": ("mlp", "linear"),
+    "output_activation": ("identity", "softplus", "leaky_relu"),
+    "control_cells": ("included", "partners"),
     "alignment": ("l2", "mmd", "none", None),
     "align_stop_grad": ("control", None),
 }
@@ -315,6 +322,22 @@ def split_latent(
         raise ValueError(msg)
     responsive = max(1, round(RESPONSIVE_SHARE * n_latent))
     return {"n_latent_responsive": responsive, "n_latent_invariant": n_latent - responsive}
+
+
+def check_output(likelihood: str, activation: str, variance: Any) -> None:
+    """Raise ``ValueError`` for an activation or a variance of PerturbedVAE's output that the likelihood does not have."""
+    if likelihood == "nb" and activation != "identity":
+        msg = f"`output_activation` is one of values, while the output of likelihood='nb' are shares of genes; received {activation!r}: leave it out, or take likelihood='mse' or 'gaussian'."
+        raise ValueError(msg)
+    if isinstance(variance, str) and variance == "learned":
+        return
+    if isinstance(variance, str):
+        msg = f"`output_variance` must be 'learned' or a positive number; received {variance!r}."
+        raise ValueError(msg)
+    check_positive("output_variance", variance)
+    if likelihood != "gaussian":
+        msg = f"`output_variance` is that of likelihood='gaussian'; received {variance!r} with likelihood={likelihood!r}: leave one of them out."
+        raise ValueError(msg)
 
 
 def check_warmup(name: str, epochs: Any) -> None:

@@ -12,6 +12,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS, settings
 from torch import Generator, Tensor
 
+from scvi_cradle._constants import KEYS
 from scvi_cradle._matrix import row_sums
 from scvi_cradle._validation import preview
 from scvi_cradle.data import PairedSplitter, find_partners, pool_of_cells
@@ -35,15 +36,35 @@ class ControlPairsMixin(TrainingMixin):
         alignment = self.module.alignment
         if alignment == "none":
             return {}
+        if not len(self._batch_cells(split[0])):
+            msg = f"control_cells='partners' trains on perturbed cells; received {len(split[0])} training cells that are all controls: add perturbed ones."
+            raise ValueError(msg)
         partners = find_partners(
             self.adata_manager,
             split,
-            self._table.labels.index(self._rule.control_name),
+            self._control_code,
             pairing=self._architecture["control_pairing"],
             column_key=self._architecture["control_partner_key"],
+            pair_controls=self._trains_on_controls,
             seed=settings.seed or 0,
         )
-        return {"partners": partners, "by_label": alignment == "mmd"}
+        return {"partners": partners, "members": self._members_of_batches(), "by_label": alignment == "mmd"}
+
+    def _batch_cells(self, cells: np.ndarray) -> np.ndarray:
+        return cells[self._members_of_batches()[cells]]
+
+    def _members_of_batches(self) -> np.ndarray:
+        """Return which cells are members of batches, and not partners alone, shape ``(n_cells,)``."""
+        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()
+        return (codes != self._control_code) | self._trains_on_controls
+
+    @property
+    def _trains_on_controls(self) -> bool:
+        return bool(self._architecture["control_cells"] == "included")
+
+    @property
+    def _control_code(self) -> int:
+        return self._table.labels.index(self._rule.control_name)
 
     def _sources(self) -> np.ndarray:
         return np.array(self._table.labels) == self._rule.control_name
