@@ -286,6 +286,8 @@ def test_default_warm_ups_are_shares_of_the_run(screen, monkeypatch):
         {"alignment": "mmd"},
         {"alignment": "none", "mechanism": "linear", "noise_scale": "fixed"},
         {"likelihood": "gaussian", "lambda_bound": "tanh"},
+        {"likelihood": "gaussian", "output_variance": 0.01, "output_activation": "softplus"},
+        {"alignment": "l2", "control_cells": "partners", "noise_encoder": "linear"},
         {"sample_latents": False},
         {"n_latent_responsive": 1, "n_latent_invariant": 1, "n_layers": 1},
     ],

@@ -262,8 +262,6 @@ def test_predictions_have_the_activation_and_the_variance(screen, likelihood, ac
     unit = hand.noise(hidden, untreated)[0] / np.sqrt(hand.variance(untreated))
     kept = model.get_counterfactual_expression(indices=[cell], perturbation="G02", output="mean", seed=0)
     np.testing.assert_allclose(kept.X[0], decoded(unit * np.sqrt(hand.variance(moved))), rtol=1e-3, atol=1e-4)
-    error = model.get_reconstruction_error(indices=[cell])["reconstruction_loss"]
-    assert np.isfinite(error)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
