@@ -10,8 +10,9 @@ import torch
 from anndata import AnnData, read_h5ad
 from lightning.pytorch.callbacks import Callback
 
-from scvi_cradle import PerturbedVAE, datasets, metrics, presets
+from scvi_cradle import PerturbedVAE, datasets, metrics
 from scvi_cradle._matrix import log_normalize
+from scvi_cradle._perturbedvae_settings import split_latent
 from scvi_cradle.train import PairedTrainingPlan
 
 pytestmark = [
@@ -73,7 +74,7 @@ def test_published_settings(screen):
 
 @pytest.mark.parametrize(("total", "responsive"), [(105, 20), (75, 14), (35, 7), (10, 2), (2, 1), (4, 1)])
 def test_a_total_is_split_as_published(total, responsive):
-    sizes = presets.split_latent(total, None, None, {})
+    sizes = split_latent(total, None, None, {})
     assert sizes == {"n_latent_responsive": responsive, "n_latent_invariant": total - responsive}
 
 

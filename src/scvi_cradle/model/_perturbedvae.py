@@ -9,6 +9,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
+from scvi_cradle._perturbedvae_settings import check_output, check_warmup, split_latent
 from scvi_cradle._validation import check_one_of
 from scvi_cradle.data import TrainingStatistics, check_pairing, holds_counts
 from scvi_cradle.model._causal import CausalMixin
@@ -152,11 +153,11 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
     ) -> None:
         given = dict(locals())
         architecture, training = presets.resolve("PerturbedVAE", preset, given)
-        architecture |= presets.split_latent(n_latent, n_latent_responsive, n_latent_invariant, architecture)
+        architecture |= split_latent(n_latent, n_latent_responsive, n_latent_invariant, architecture)
         presets.check(architecture, likelihood=("mse", "gaussian", "nb"))
-        presets.check_output(*(architecture[k] for k in ("likelihood", "output_activation", "output_variance")))
+        check_output(*(architecture[k] for k in ("likelihood", "output_activation", "output_variance")))
         for name in TRAINING:
-            presets.check_warmup(name, architecture[name])
+            check_warmup(name, architecture[name])
         check_one_of("sample_latents", architecture["sample_latents"], (True, False))
         check_pairing(architecture["control_pairing"], control_partner_key)
         architecture |= {"control_partner_key": control_partner_key, "output_bias": "data"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -12,9 +12,9 @@ from torch.distributions import Normal
 
 from scvi_cradle._constants import KEYS, partner_key
 from scvi_cradle.module.base import (
+    CausalDraw,
     GaussianHead,
     LatentCausalModel,
-    Mechanism,
     Pairs,
     PerceptronDecoder,
     PerturbationModule,
@@ -29,41 +29,6 @@ from scvi_cradle.module.base import (
 )
 
 COVARIATES = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY)
-
-
-class CausalDraw(NamedTuple):
-    """What ``inference`` draws; the leading axis of latent variables is the particle.
-
-    Parameters
-    ----------
-    q_basal, z_basal
-        Posterior of the invariant variables ``z_iota`` and a draw, shape ``(n_particles, n_cells, n_invariant)``.
-    q_noise, noise
-        Posterior of the noise of the responsive variables beside its prior mean, and a draw, shape
-        ``(n_particles, n_cells, n_responsive)``.
-    mechanism
-        :class:`~scvi_cradle.module.base.Mechanism` of every cell.
-    z_responsive
-        ``z_nu``, shape ``(n_particles, n_cells, n_responsive)``.
-    hidden
-        Output of the shared encoder, shape ``(1, n_cells, n_hidden)``.
-    q_partner
-        Posterior of the invariant variables of the cells' control partners, if they are given, shape
-        ``(n_particles, n_cells, n_invariant)``.
-    prior_mean, effects
-        0, the mean of the prior of ``z_iota``, and None: there are no global variables.
-    """
-
-    q_basal: Normal
-    z_basal: Tensor
-    q_noise: Normal
-    noise: Tensor
-    mechanism: Mechanism
-    z_responsive: Tensor
-    hidden: Tensor
-    q_partner: Normal | None = None
-    prior_mean: float = 0.0
-    effects: Any = None
 
 
 class PerturbedVAEModule(PerturbationModule):

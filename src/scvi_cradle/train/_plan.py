@@ -9,8 +9,8 @@ import torch
 from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
+from scvi_cradle._perturbedvae_settings import check_warmup
 from scvi_cradle._validation import check_one_of
-from scvi_cradle.presets import check_warmup
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
 KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the steps: (10, 50) and (5, 50) of the published 100

@@ -33,7 +33,14 @@ from scvi_cradle.module.base._observation import (
 )
 from scvi_cradle.module.base._perceptron import PerceptronDecoder, perceptron
 from scvi_cradle.module.base._references import References
-from scvi_cradle.module.base._scm import LatentCausalModel, Mechanism, noise_kl, solve_columns, solve_in_order
+from scvi_cradle.module.base._scm import (
+    CausalDraw,
+    LatentCausalModel,
+    Mechanism,
+    noise_kl,
+    solve_columns,
+    solve_in_order,
+)
 
 __all__ = [
     "AmortizedEmbedding",
@@ -43,6 +50,7 @@ __all__ = [
     "BatchNormEncoder",
     "BernoulliMask",
     "BetaBernoulliMask",
+    "CausalDraw",
     "Decoder",
     "EffectDraw",
     "FreeGaussian",
