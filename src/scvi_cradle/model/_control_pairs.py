@@ -127,7 +127,6 @@ class ControlPairsMixin(TrainingMixin):
         state, responsive = unit.split([module.n_invariant, module.n_responsive], dim=-1)
         return torch.cat([mean + std * state, responsive], dim=-1)
 
-    @torch.inference_mode()
     def get_generated_expression(
         self,
         perturbations: str | Sequence[str] | None = None,
@@ -153,8 +152,8 @@ class ControlPairsMixin(TrainingMixin):
             Labels, also unseen combinations of any number of treatments that were trained alone. Default: all labels seen
             in training, sorted.
         adata, indices
-            Control cells to start from. Default: the training controls, of which at most 10,000 a batch are kept with the
-            model.
+            Control cells to start from, also of other data. Default: the training controls, of which at most 10,000 a
+            batch are kept with the model.
         n_samples
             Cells per label; control cells are drawn with replacement.
         artifact
@@ -167,29 +166,30 @@ class ControlPairsMixin(TrainingMixin):
         batch
             Batch of the control cells; default: any.
         seed, batch_size
-            As in scvi-tools: the seed of the draws (default: from torch's global generator), and cells decoded at once.
+            Seed of the draws (default: from torch's global generator), and cells decoded at once.
 
         Returns
         -------
-        AnnData of shape ``(len(perturbations) * n_samples, n_genes)``, blocks of cells in the order of the request;
-        ``obs``: ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or
-        ``"unseen combination"``), ``library_size`` (of counts) and the batch.
+        AnnData as of the other models: blocks of ``n_samples`` cells in the order of the request; ``obs``:
+        ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or ``"unseen combination"``),
+        ``library_size`` (of counts) and the batch.
 
         Raises
         ------
         ValueError
-            For an unknown treatment, for an unseen combination with a treatment that was never trained alone, and for
-            cells that are no controls.
+            For an unknown treatment, an unseen combination with a treatment that was never trained alone, and cells
+            that are no controls.
         NotImplementedError
             For an artifact.
         RuntimeError
             If the model is not trained.
         """
-        labels = self._requested_labels(perturbations)
-        request = Request(n_samples, bool(artifact), library_size, output, batch, seed, batch_size)
-        pool = self._library_pool if adata is None and indices is None else self._pool_of(adata, indices)
-        return self._generate(labels, pool, request)
+        pool = None if adata is None and indices is None else self._pool_of(adata, indices)
+        return self._generate(
+            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size), pool
+        )
 
+    @torch.inference_mode()
     def _pool_of(self, adata: AnnData | None, indices: Sequence[int] | None) -> dict[str, np.ndarray]:
         """Return given control cells in the form of the model's pool."""
         data = self._validate_anndata(adata)
