@@ -263,7 +263,7 @@ def test_default_warm_ups_are_shares_of_the_run(screen, monkeypatch):
         return loss
 
     monkeypatch.setattr(PairedTrainingPlan, "training_step", spy)
-    fit(screen, epochs=20)
+    fit(screen, epochs=10)
     _, share, kl, alignment = np.array(seen).T
     np.testing.assert_allclose(kl, np.clip((share - 0.1) / 0.4, 0, 1))
     np.testing.assert_allclose(alignment, np.clip((share - 0.05) / 0.45, 0, 1))
