@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from scvi_cradle import _perturbedvae_settings as perturbedvae
 from scvi_cradle._loop_settings import QUANTILE_PUBLISHED, QUANTILE_RECOMMENDED, TRAINING_QUANTILE
 from scvi_cradle._validation import check_one_of, check_positive, check_probability
 
@@ -145,46 +146,6 @@ LOPEZ = MappingProxyType(
 )
 TRAINING_LOPEZ = MappingProxyType({"n_epochs_kl_warmup": 50})
 TRAINING_SAMS_PAPER: dict[str, Any] = TRAINING_PAPER | {"max_epochs": None, "max_steps": 150_000}
-PERTURBED_PAPER: dict[str, Any] = {
-    "n_latent_responsive": 20,
-    "n_latent_invariant": 85,
-    "n_hidden": 256,
-    "n_layers": 2,
-    "mechanism": "mlp",
-    "noise_scale": "learned",
-    "lambda_bound": None,
-    "likelihood": "mse",
-    "alignment": "l2",
-    "alignment_weight": None,  # 0.05; see `PerturbedVAE`
-    "align_stop_grad": None,
-    "kl_weight_responsive": 1e-2,
-    "kl_weight_invariant": 1e-2,
-    "n_epochs_kl_warmup": None,  # from 10 % to 50 % of the epochs: (10, 50) of 100
-    "n_epochs_align_warmup": None,  # from 5 % to 50 %: (5, 50) of 100
-    "control_pairing": "random",
-    "sample_latents": True,
-}
-RESPONSIVE_SHARE = 0.19
-PERTURBED_RECOMMENDED = PERTURBED_PAPER | {
-    "alignment": None,  # "l2" with shared partners, else "none"
-    "kl_weight_responsive": None,  # those of a Gaussian bound; see `PerturbedVAE`
-    "kl_weight_invariant": None,
-}
-TRAINING_PERTURBED_PAPER: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-4,
-    "weight_decay": 0.0,
-    "gradient_clip_val": None,
-    "lr_schedule": "constant",
-    "effect_lr_scale": 1.0,
-    "max_epochs": 100,
-}
-TRAINING_PERTURBED: dict[str, Any] = TRAINING_PERTURBED_PAPER | {
-    "lr": 1e-3,
-    "gradient_clip_val": 100.0,
-    "lr_schedule": "cosine",
-    "effect_lr_scale": 5.0,
-}
 
 
 def _presets(**settings: tuple[dict[str, Any], dict[str, Any]]) -> Mapping[str, Any]:
@@ -204,7 +165,8 @@ CONDITIONAL_VAE = _presets(
 )
 SVAE_PLUS = _presets(recommended=(SVAE_RECOMMENDED, TRAINING_RECOMMENDED), paper=(SVAE_PAPER, TRAINING_SAMS_PAPER))
 PERTURBED_VAE = _presets(
-    recommended=(PERTURBED_RECOMMENDED, TRAINING_PERTURBED), paper=(PERTURBED_PAPER, TRAINING_PERTURBED_PAPER)
+    recommended=(perturbedvae.RECOMMENDED, perturbedvae.TRAINING_RECOMMENDED),
+    paper=(perturbedvae.PAPER, perturbedvae.TRAINING_PAPER),
 )
 QUANTILE_HURDLE = _presets(
     recommended=(QUANTILE_RECOMMENDED, TRAINING_QUANTILE),
@@ -258,11 +220,7 @@ CHOICES = {
     "likelihood": ("nb", "poisson", "gaussian"),
     "encode_combinations": ("additive", "unique"),
     "variant": ("sams", "lopez"),
-    "mechanism": ("mlp", "linear"),
-    "noise_scale": ("learned", "fixed"),
-    "lambda_bound": ("tanh", None),
-    "alignment": ("l2", "mmd", "none", None),
-    "align_stop_grad": ("control", None),
+    **perturbedvae.CHOICES,
 }
 COUNTS = (
     "n_latent",
@@ -273,11 +231,8 @@ COUNTS = (
     "embedding_n_hidden",
     "n_particles",
     "cf_n_samples",
-    "n_latent_responsive",
-    "n_latent_invariant",
-    "n_layers",
+    *perturbedvae.COUNTS,
 )
-PERTURBED_WEIGHTS = ("alignment_weight", "kl_weight_responsive", "kl_weight_invariant")
 POSITIVE = ("embedding_prior_scale", "embedding_init_scale", "artifact_init_scale", "gs_temperature")
 
 
@@ -304,39 +259,6 @@ def latent_size(n_treatments: int, n_genes: int) -> int:
     return min(max(math.isqrt(n_treatments * n_genes), MIN_LATENT), MAX_LATENT)
 
 
-def split_latent(
-    n_latent: int | None, n_responsive: int | None, n_invariant: int | None, preset: dict[str, Any]
-) -> dict[str, int]:
-    """Return the sizes of PerturbedVAE's blocks: those given, those of the preset, or 19 % and 81 % of a total.
-
-    Raises
-    ------
-    ValueError
-        If the total is given beside a block, or does not leave a variable for either block.
-    """
-    if n_latent is None:
-        return {name: preset[name] for name in ("n_latent_responsive", "n_latent_invariant")}
-    check_positive("n_latent", n_latent, integer=True)
-    if n_responsive is not None or n_invariant is not None or n_latent < 2:
-        msg = f"`n_latent` is the total, at least 2, of both blocks and is given instead of them; received n_latent={n_latent}, n_latent_responsive={n_responsive}, n_latent_invariant={n_invariant}."
-        raise ValueError(msg)
-    responsive = max(1, round(RESPONSIVE_SHARE * n_latent))
-    return {"n_latent_responsive": responsive, "n_latent_invariant": n_latent - responsive}
-
-
-def check_warmup(name: str, epochs: Any) -> None:
-    """Raise ``ValueError`` unless a warm-up is None or a start and an end in epochs."""
-    if epochs is None:
-        return
-    try:
-        start, end = (float(e) for e in epochs)
-    except (TypeError, ValueError):
-        start, end = math.nan, math.nan
-    if not (math.isfinite(end) and 0 <= start <= end):
-        msg = f"`{name}` must be the first and the last epoch of a warm-up, (start, end) with 0 <= start <= end; received {epochs!r}."
-        raise ValueError(msg)
-
-
 def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, **allowed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` for an argument of the constructor that cannot be; ``allowed`` narrows the choices."""
     for name, choices in (CHOICES | allowed).items():
@@ -348,7 +270,7 @@ def check(architecture: dict[str, Any], mask_prior_logit: float | None = None, *
     for name in POSITIVE:
         if name in architecture:
             check_positive(name, architecture[name])
-    for name in ("cf_weight", "prior_weight_per_cell", *PERTURBED_WEIGHTS):
+    for name in ("cf_weight", "prior_weight_per_cell", *perturbedvae.WEIGHTS):
         if architecture.get(name) is not None:
             check_positive(name, architecture[name], allow_zero=True)
     if "mask_prior_prob" in architecture:

@@ -193,6 +193,31 @@ def test_partners_bring_their_covariates():
         torch.testing.assert_close(batch["control_partner_extra_continuous_covs"][:, 0], cell)
 
 
+@pytest.mark.parametrize("by_label", [False, True])
+def test_controls_that_are_partners_alone_are_in_no_batch(by_label):
+    result, found = splitter(screen(), by_label=by_label, members=np.arange(N) >= 20)
+    assert (result.n_train, result.n_val) == (16, 4)  # of the batches
+    for loader, cells in ((result.train_dataloader(), TRAIN[16:]), (result.val_dataloader(), VAL[4:])):
+        batches = [(b["X"][:, 0], b[KEYS.PARTNER][:, 0]) for b in loader]
+        seen, chosen = (torch.cat(v).numpy().astype(int) for v in zip(*batches, strict=True))
+        np.testing.assert_array_equal(np.sort(seen), cells)
+        assert (chosen < 16).all()
+    np.testing.assert_array_equal(result.train_idx, TRAIN)
+
+
+def test_partners_of_controls_can_be_left_open():
+    adata = screen(partner=[None] * 20 + [f"cell_{i % 16}" for i in range(20)])
+    found = find_partners(
+        manager_of(adata), (TRAIN, VAL), CONTROL, pairing="shared", column_key="partner", pair_controls=False
+    )
+    np.testing.assert_array_equal(found.of_cell[20:], np.arange(20) % 16)
+    with pytest.raises(ValueError, match="received 20 missing values"):
+        partners(adata, "shared", "partner")
+    found = find_partners(manager_of(screen()), (TRAIN, VAL), CONTROL, pairing="fixed", pair_controls=False)
+    assert (found.of_cell[:20] == -1).all()
+    assert set(found.of_cell[20:]) <= set(range(16))
+
+
 def test_the_data_are_not_copied():
     adata = screen()
     result, _ = splitter(adata)

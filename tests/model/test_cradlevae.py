@@ -14,6 +14,7 @@ import scvi
 import torch
 
 from scvi_cradle import CradleVAE, datasets, presets
+from scvi_cradle.train import PerturbationTrainingPlan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
@@ -65,6 +66,29 @@ def test_history_is_finite_and_named_as_in_scvi_tools(model):
     for key in ("cf_kl_train", "kl_treatment_train", "kl_artifact_train", "cf_kl_validation"):
         assert np.isfinite(model.history[key].to_numpy(dtype=float)).all(), key
     assert (model.history["cf_kl_train"].to_numpy(dtype=float) > 0).all()
+
+
+def test_history_counts_every_batch(screen, monkeypatch):
+    """The metrics, which are told to the trainer once an epoch, are sums over all batches."""
+    seen, log = {}, PerturbationTrainingPlan.compute_and_log_metrics
+
+    def spy(plan, output, metrics, mode):
+        sums = (output.reconstruction_loss_sum, sum(output.kl_local.values()).sum(), output.n_obs_minibatch)
+        seen.setdefault((mode, plan.current_epoch), []).append([float(v) for v in sums])
+        return log(plan, output, metrics, mode)
+
+    monkeypatch.setattr(PerturbationTrainingPlan, "compute_and_log_metrics", spy)
+    adata = screen.copy()
+    CradleVAE.setup_anndata(adata, **SETUP)
+    model = CradleVAE(adata, n_latent=5)
+    model.train(max_epochs=3, batch_size=16, train_size=0.7, enable_progress_bar=False)
+    assert sorted(seen) == [(mode, epoch) for mode in ("train", "validation") for epoch in range(3)]
+    for (mode, epoch), batches in seen.items():
+        assert len(batches) > 1
+        error, local, n = np.sum(batches, axis=0)
+        for name, value in (("reconstruction_loss", error), ("kl_local", local)):
+            logged = float(model.history[f"{name}_{mode}"].iloc[epoch, 0])
+            assert logged == pytest.approx(value / n, rel=1e-5), (name, mode, epoch)
 
 
 def test_a_validation_cell_carries_the_share_of_a_training_cell_in_global_terms(screen):
@@ -124,7 +148,8 @@ def test_optimizer_has_the_recommended_groups_and_schedule(screen):
 
     adata = screen.copy()
     CradleVAE.setup_anndata(adata, **SETUP)
-    CradleVAE(adata).train(max_steps=100, split_key="split", enable_progress_bar=False, callbacks=[Record()])
+    model = CradleVAE(adata, n_latent=5)
+    model.train(max_steps=62, batch_size=16, split_key="split", enable_progress_bar=False, callbacks=[Record()])
     rates = np.array(seen["lr"])
     np.testing.assert_allclose(rates[:, 1], 5 * rates[:, 0])
     assert rates[29, 0] < rates[30, 0] == pytest.approx(3e-3)

@@ -10,8 +10,9 @@ import torch
 from anndata import AnnData, read_h5ad
 from lightning.pytorch.callbacks import Callback
 
-from scvi_cradle import PerturbedVAE, datasets, metrics, presets
+from scvi_cradle import PerturbedVAE, datasets, metrics
 from scvi_cradle._matrix import log_normalize
+from scvi_cradle._perturbedvae_settings import split_latent
 from scvi_cradle.train import PairedTrainingPlan
 
 pytestmark = [
@@ -73,7 +74,7 @@ def test_published_settings(screen):
 
 @pytest.mark.parametrize(("total", "responsive"), [(105, 20), (75, 14), (35, 7), (10, 2), (2, 1), (4, 1)])
 def test_a_total_is_split_as_published(total, responsive):
-    sizes = presets.split_latent(total, None, None, {})
+    sizes = split_latent(total, None, None, {})
     assert sizes == {"n_latent_responsive": responsive, "n_latent_invariant": total - responsive}
 
 
@@ -262,7 +263,7 @@ def test_default_warm_ups_are_shares_of_the_run(screen, monkeypatch):
         return loss
 
     monkeypatch.setattr(PairedTrainingPlan, "training_step", spy)
-    fit(screen, epochs=20)
+    fit(screen, epochs=10)
     _, share, kl, alignment = np.array(seen).T
     np.testing.assert_allclose(kl, np.clip((share - 0.1) / 0.4, 0, 1))
     np.testing.assert_allclose(alignment, np.clip((share - 0.05) / 0.45, 0, 1))
@@ -286,6 +287,8 @@ def test_default_warm_ups_are_shares_of_the_run(screen, monkeypatch):
         {"alignment": "mmd"},
         {"alignment": "none", "mechanism": "linear", "noise_scale": "fixed"},
         {"likelihood": "gaussian", "lambda_bound": "tanh"},
+        {"likelihood": "gaussian", "output_variance": 0.01, "output_activation": "softplus"},
+        {"alignment": "l2", "control_cells": "partners", "noise_encoder": "linear"},
         {"sample_latents": False},
         {"n_latent_responsive": 1, "n_latent_invariant": 1, "n_layers": 1},
     ],

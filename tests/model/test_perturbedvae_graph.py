@@ -30,12 +30,12 @@ def screen():
     return adata
 
 
-def trained(screen, likelihood="mse"):
+def trained(screen, likelihood="mse", **settings):
     adata = screen.copy()
     layer = {} if likelihood == "nb" else {"layer": "log"}
     PerturbedVAE.setup_anndata(adata, perturbation_key="perturbation", **layer)
     torch.manual_seed(0)
-    model = PerturbedVAE(adata, mechanism="linear", likelihood=likelihood, **SIZES)
+    model = PerturbedVAE(adata, mechanism="linear", likelihood=likelihood, **SIZES, **settings)
     model.train(max_epochs=1, split_key="split", enable_progress_bar=False)
     return model
 
@@ -134,9 +134,12 @@ NOISE = np.tile([1, 1, 1 + 0.25, 1 + 0.8**2 * 1.25], (5, 1))
 NOISE[2, 1] = 3.0  # G02 makes program 2 noisier
 
 
-@pytest.mark.parametrize("likelihood", ["mse", "nb"])
-def test_loadings_are_the_change_of_the_output_by_one_standard_deviation(screen, likelihood):
-    model = trained(screen, likelihood)
+@pytest.mark.parametrize(
+    ("likelihood", "activation"),
+    [("mse", "identity"), ("nb", "identity"), ("mse", "softplus"), ("gaussian", "leaky_relu")],
+)
+def test_loadings_are_the_change_of_the_output_by_one_standard_deviation(screen, likelihood, activation):
+    model = trained(screen, likelihood, output_activation=activation)
     set_mechanisms(model, EDGES)
     first, output = model.module.decoder.hidden[0], model.module.decoder.output
     generator = torch.Generator().manual_seed(5)
@@ -153,13 +156,19 @@ def test_loadings_are_the_change_of_the_output_by_one_standard_deviation(screen,
     step = np.sqrt(SHARED.var(axis=0) + NOISE.mean(axis=0))
     weight, out = first.weight.detach().numpy().astype(float), output.weight.detach().numpy().astype(float)
     expected = step[:, None] * (out @ weight[:, N_INVARIANT:]).T
-    if likelihood == "nb":  # from the mean control cell, whose responsive variables have the mean 0
-        state = model.libraries_["state_mean"].mean(axis=0)
-        bias = output.bias.detach().numpy()
-        start = out @ (weight[:, :N_INVARIANT] @ state + 20.0) + bias
-        moved = start + expected
+    # from the mean control cell, whose responsive variables have the mean 0
+    state = model.libraries_["state_mean"].mean(axis=0)
+    start = out @ (weight[:, :N_INVARIANT] @ state + 20.0) + output.bias.detach().numpy()
+    moved = start + expected
+    if likelihood == "nb":
         expected = expected - np.log(np.exp(moved - start.max()).sum(1) / np.exp(start - start.max()).sum())[:, None]
         expected = expected / np.log(2)
+    if activation != "identity":
+        means = [
+            np.logaddexp(0, v) if activation == "softplus" else np.where(v > 0, v, 0.2 * v) for v in (start, moved)
+        ]
+        assert np.abs(means[1] - means[0] - expected).max() > 0.1
+        expected = means[1] - means[0]
     loadings = programs.varm["genes"]
     assert list(loadings.index) == [f"program_0{i}" for i in range(1, 5)]
     assert list(loadings.columns) == list(model.adata.var_names)

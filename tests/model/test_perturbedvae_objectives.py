@@ -1,4 +1,7 @@
-"""PerturbedVAE: the discrepancy, importance-weighted bounds and open weights beside computations of their own."""
+"""PerturbedVAE: discrepancy, activations and variances of the output, importance-weighted bounds, open weights.
+
+Each beside a computation of its own.
+"""
 
 from __future__ import annotations
 
@@ -175,6 +178,100 @@ def test_the_discrepancy_is_that_of_cells_predicted_from_their_partners(screen, 
     np.testing.assert_allclose(loss.reconstruction_loss["reconstruction_loss"].numpy(), error, rtol=1e-4)
     expected = (error + 0.5 * divergence).mean() + 0.25 * 7.0 * discrepancy
     assert loss.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---- activation and variance of the output --------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "identity": lambda output: output,
+    "softplus": lambda output: np.logaddexp(0.0, output),
+    "leaky_relu": lambda output: np.where(output > 0, output, 0.2 * output),
+}
+OUTPUTS = [
+    ("mse", "softplus", "learned"),
+    ("mse", "leaky_relu", "learned"),
+    ("gaussian", "softplus", "learned"),
+    ("gaussian", "identity", 0.01),
+    ("gaussian", "leaky_relu", 2.5),
+]
+
+
+def error_of(hand, x, mean, likelihood, variance):
+    """The error of cells: mean of squares, or minus the log-likelihood."""
+    if likelihood == "mse":
+        return ((x - mean) ** 2).mean(axis=1)
+    learned = variance == "learned"
+    std = np.exp(hand.values["decoder.likelihood.log_std"]) + 1e-3 if learned else np.sqrt(variance)
+    return (0.5 * ((x - mean) / std) ** 2 + np.log(std) + 0.5 * np.log(2 * np.pi)).sum(axis=1)
+
+
+@pytest.mark.parametrize(("likelihood", "activation", "variance"), OUTPUTS)
+def test_the_objective_has_the_activation_and_the_variance(screen, likelihood, activation, variance, monkeypatch):
+    n, options = 16, {"output_activation": activation, "output_variance": variance}
+    weights = {"kl_weight_responsive": 0.3, "kl_weight_invariant": 0.7}
+    model = built(screen, likelihood, mechanism="linear", alignment="none", **weights, **options)
+    hand = ByHand(model.module.eval(), 0.6)
+    x = np.random.default_rng(2).normal(0, 4, (n, N_GENES))
+    batch = np.arange(n) % 2
+    treated = np.zeros((n, 4))
+    treated[:, model._table.treatments.index("G02")] = 1.0
+    tensors = {
+        "X": torch.as_tensor(x).float(),
+        "perturbation": torch.full((n, 1), model._table.labels.index("G02")),
+        "batch": torch.as_tensor(batch)[:, None],
+    }
+    monkeypatch.setattr(torch, "randn", lambda shape, **kwargs: torch.full(tuple(shape), DRAW))
+    loss = model.module(tensors, loss_kwargs={"kl_weight": 0.5})[2]
+    hidden = hand.layer("encoder.0", x)
+    own, noise = hand.head("invariant_head", hidden), hand.noise(hidden, treated)
+    state = own[0] + DRAW * own[1]
+    output = hand.decode(state, hand.respond(treated, noise[0] + DRAW * noise[1], state), batch)
+    error = error_of(hand, x, ACTIVATIONS[activation](output), likelihood, variance)
+    assert (output < 0).any()
+    np.testing.assert_allclose(loss.reconstruction_loss["reconstruction_loss"].numpy(), error, rtol=1e-4)
+    divergence = 0.3 * kl_to(*noise, hand.variance(treated)) + 0.7 * kl_to(*own)
+    assert loss.loss.item() == pytest.approx((error + 0.5 * divergence).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("likelihood", "activation", "variance"), OUTPUTS)
+def test_predictions_have_the_activation_and_the_variance(screen, likelihood, activation, variance):
+    """All latents at their means: expected expression of generated cells and counterfactuals is one pass by hand."""
+    options = {"output_activation": activation, "output_variance": variance}
+    model = trained(screen, likelihood, mechanism="linear", sample_latents=False, **options)
+    hand = ByHand(model.module, 0.6)
+    (cell,) = np.flatnonzero(model.adata.obs["perturbation"] == "control")[:1]
+    x = model.adata.layers["log"][[cell]].astype(float)
+    seen = (x - hand.values["input_mean"]) / hand.values["input_std"]
+    batch, moved = model.adata.obs["_scvi_batch"].to_numpy()[[cell]].astype(int), np.eye(4)[[1]]
+    assert model._table.treatments[1] == "G02"
+    hidden = hand.layer("encoder.0", seen)
+    state = hand.head("invariant_head", hidden)[0]
+
+    def decoded(noise):
+        return ACTIVATIONS[activation](hand.decode(state, hand.respond(moved, noise, state), batch))[0]
+
+    generated = model.get_generated_expression("G02", indices=[cell], n_samples=2, output="mean", seed=0)
+    np.testing.assert_allclose(generated.X, np.tile(decoded(np.zeros((1, D))), (2, 1)), rtol=1e-3, atol=1e-4)
+    drawn = model.get_generated_expression("G02", indices=[cell], n_samples=3000, seed=0).X - generated.X[:1]
+    if likelihood == "mse":
+        np.testing.assert_allclose(drawn, 0.0, atol=1e-5)
+    elif variance != "learned":
+        assert drawn.var() == pytest.approx(variance, rel=0.03)
+    # a counterfactual keeps the noise in units of its standard deviation
+    untreated = np.zeros((1, 4))
+    unit = hand.noise(hidden, untreated)[0] / np.sqrt(hand.variance(untreated))
+    kept = model.get_counterfactual_expression(indices=[cell], perturbation="G02", output="mean", seed=0)
+    np.testing.assert_allclose(kept.X[0], decoded(unit * np.sqrt(hand.variance(moved))), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_output_starts_at_the_means_of_the_training_cells(screen, activation):
+    model = built(screen, "mse", output_activation=activation)
+    model.train(max_epochs=1, lr=1e-12, split_key="split", enable_progress_bar=False)
+    mean = screen.layers["log"][(screen.obs["split"] == "train").to_numpy()].mean(axis=0)
+    assert mean.min() > 1e-3
+    start = ACTIVATIONS[activation](model.module.decoder.output.bias.detach().numpy())
+    np.testing.assert_allclose(start, mean, rtol=1e-4, atol=1e-6)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------

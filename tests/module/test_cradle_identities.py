@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from scvi_cradle.module import CradleVAEModule
+from scvi_cradle.module._counterfactual import counterfactual_kl
 from scvi_cradle.presets import RECOMMENDED
 
 N_GENES = 6
@@ -188,7 +189,7 @@ def test_a_batch_without_dose_or_flag_columns_trains():
 def counterfactual(module, tensors):
     outputs = module.inference(**module._get_inference_input(tensors))
     inputs = module._get_inference_input(tensors)
-    return module.counterfactual_kl(outputs["latent"], outputs["pairs"], inputs)
+    return counterfactual_kl(module, outputs["latent"], outputs["pairs"], inputs)
 
 
 def test_eligible_are_passed_cells_of_labels_with_failed_cells():

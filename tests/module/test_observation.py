@@ -9,7 +9,14 @@ import pytest
 import torch
 from scipy import stats
 
-from scvi_cradle.module.base import Decoder, GaussianLikelihood, NegativeBinomialLikelihood, PoissonLikelihood
+from scvi_cradle.module.base import (
+    Decoder,
+    GaussianLikelihood,
+    MeanSquaredError,
+    NegativeBinomialLikelihood,
+    PerceptronDecoder,
+    PoissonLikelihood,
+)
 
 N_GENES, N_DRAWS = 4, 200_000
 KINDS = {"nb": NegativeBinomialLikelihood, "poisson": PoissonLikelihood, "gaussian": GaussianLikelihood}
@@ -135,6 +142,10 @@ def test_sampled_values_have_the_moments_of_the_gaussian():
         likelihood.log_std.copy_(torch.tensor([-2.0, 0.0, 1.0]))
     x = likelihood.sample(mean.expand(N_DRAWS, -1), generator(2))
     within_error(x, mean, likelihood.std.detach() ** 2)
+    known = GaussianLikelihood(3, variance=0.01)
+    within_error(known.sample(mean.expand(N_DRAWS, -1), generator(2)), mean, torch.full((3,), 0.01))
+    assert not list(known.parameters())
+    assert not known.state_dict()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,3 +175,32 @@ def test_values_start_at_the_mean_and_spread_of_the_data():
     decoder.initialize_output(torch.full((4,), 0.25), mean, std)
     assert torch.equal(decoder.output.bias.detach(), mean)
     torch.testing.assert_close(decoder.likelihood.std.detach(), std + 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mse"])
+@pytest.mark.parametrize(
+    ("activation", "start"),
+    [
+        ("identity", [-1.0, 0.0, 1e-5, 2.0, 300.0]),
+        ("softplus", [1e-3, 1e-3, 1e-3, 2.0, 300.0]),  # the least mean that is started at
+        ("leaky_relu", [-1.0, 0.0, 1e-5, 2.0, 300.0]),
+    ],
+)
+def test_values_start_at_the_mean_under_every_activation(kind, activation, start):
+    mean = torch.tensor([-1.0, 0.0, 1e-5, 2.0, 300.0])
+    decoder = PerceptronDecoder(5, {"z": 3}, 6, 1, n_covariates=0, likelihood=kind, activation=activation)
+    decoder.initialize_output(torch.full((5,), 0.2), mean, torch.ones(5))
+    torch.testing.assert_close(decoder.likelihood.mean(decoder.output.bias).detach(), torch.tensor(start))
+
+
+@pytest.mark.parametrize(
+    ("activation", "by_hand"),
+    [("softplus", lambda v: np.logaddexp(0, v)), ("leaky_relu", lambda v: np.where(v > 0, v, 0.2 * v))],
+)
+def test_activations_enter_the_density_and_the_error(activation, by_hand):
+    x, output, library = problem()
+    mean = by_hand(output.numpy())
+    value = GaussianLikelihood(N_GENES, activation, 0.04).double().log_prob(x, output, library)
+    np.testing.assert_allclose(value.numpy(), stats.norm.logpdf(x.numpy(), mean, 0.2).sum(-1), rtol=1e-6)
+    value = MeanSquaredError(N_GENES, activation).log_prob(x, output, library)
+    np.testing.assert_allclose(value.numpy(), -((x.numpy() - mean) ** 2).mean(-1), rtol=1e-12)

@@ -81,6 +81,7 @@ def find_partners(
     *,
     pairing: str,
     column_key: str | None = None,
+    pair_controls: bool = True,
     seed: int = 0,
 ) -> Partners:
     """Find the control partners of training and validation cells among the training controls.
@@ -99,6 +100,8 @@ def find_partners(
         ``obs[column_key]``.
     column_key
         Column of names of control cells, for ``"shared"``.
+    pair_controls
+        Whether control cells have partners, too.
     seed
         Seed of partners that are drawn once; those of validation cells always are.
 
@@ -110,12 +113,18 @@ def find_partners(
         If a cell has no partner, or one that is no control cell or not of the cell's own part of the split.
     """
     train, val = (np.asarray(part, dtype=np.int64) for part in split[:2])
-    cells = np.concatenate([train, val])
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)
-    controls = train[codes[train] == control_code]
+    is_control = codes == control_code
+    controls = train[is_control[train]]
+    paired = [part if pair_controls else part[~is_control[part]] for part in (train, val)]
+    cells = np.concatenate(paired)
     adata = expression_of(manager.adata, manager.data_registry[REGISTRY_KEYS.X_KEY].get("mod_key"))
     if pairing == "shared":
-        return Partners(_named_partners(adata, str(column_key), train, val, codes == control_code))
+        in_train, in_either = np.zeros(len(codes), dtype=bool), np.zeros(len(codes), dtype=bool)
+        in_train[train] = in_either[train] = in_either[val] = True
+        return Partners(
+            _named_partners(adata, str(column_key), paired, (is_control & in_train, is_control & in_either))
+        )
     group = np.zeros(len(codes), dtype=np.int64)
     pools: tuple[np.ndarray, ...] = (controls,)
     if pairing.startswith(WITHIN):
@@ -128,7 +137,7 @@ def find_partners(
 def _groups_of(
     adata: AnnData, key: str, cells: np.ndarray, controls: np.ndarray
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    values = partner_column(adata, key, "control_pairing").astype(str).to_numpy()
+    values = partner_column(adata, key, "control_pairing", np.arange(adata.n_obs)).astype(str).to_numpy()
     names, group = np.unique(values, return_inverse=True)
     pools = tuple(controls[group[controls] == g] for g in range(len(names)))
     alone = [str(names[g]) for g in np.unique(group[cells]) if not len(pools[g])]
@@ -138,8 +147,8 @@ def _groups_of(
     return group, pools
 
 
-def partner_column(adata: AnnData, key: str, argument: str) -> Any:
-    """Return a column of ``obs`` without missing values.
+def partner_column(adata: AnnData, key: str, argument: str, cells: np.ndarray) -> Any:
+    """Return a column of ``obs`` without missing values in the given cells.
 
     Raises
     ------
@@ -147,25 +156,29 @@ def partner_column(adata: AnnData, key: str, argument: str) -> Any:
         If it is not there, or if values are missing.
     """
     check_key(adata.obs, key, "adata.obs", argument)
-    if adata.obs[key].isna().any():
-        msg = f"`obs[{key!r}]` must have a value for every cell to pair cells by it; received {int(adata.obs[key].isna().sum())} missing values."
+    missing = int(adata.obs[key].iloc[cells].isna().sum())
+    if missing:
+        msg = f"`obs[{key!r}]` must have a value for every cell to pair cells by it; received {missing} missing values."
         raise ValueError(msg)
     return adata.obs[key]
 
 
-def _named_partners(adata: AnnData, key: str, train: np.ndarray, val: np.ndarray, is_control: np.ndarray) -> np.ndarray:
+def _named_partners(
+    adata: AnnData, key: str, parts: Sequence[np.ndarray], allowed: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Return the partners named by training and validation cells, each of which may only name the allowed cells."""
     if not adata.obs_names.is_unique:
         msg = f"Cell names must be unique to be named in `obs[{key!r}]`; received duplicates: call `adata.obs_names_make_unique()`."
         raise ValueError(msg)
-    names = partner_column(adata, key, "control_partner_key").astype(str)
+    names = partner_column(adata, key, "control_partner_key", np.concatenate(parts)).astype(str)
     of_cell = adata.obs_names.get_indexer(names)
-    in_train, in_either = np.zeros(len(of_cell), dtype=bool), np.zeros(len(of_cell), dtype=bool)
-    in_train[train] = in_either[train] = in_either[val] = True
-    for part, allowed, where in ((train, in_train, "training"), (val, in_either, "training and validation")):
+    for part, may_be, kind, where in zip(
+        parts, allowed, ("training", "validation"), ("training", "training and validation"), strict=True
+    ):
         partner = of_cell[part]
-        wrong = (partner < 0) | ~is_control[partner] | ~allowed[partner]
+        wrong = (partner < 0) | ~may_be[partner]
         if wrong.any():
-            msg = f"`obs[{key!r}]` must name a control cell among the {where} cells for every {'training' if part is train else 'validation'} cell; received {preview(names.iloc[part[wrong]])}: name training controls, and use a `split_key` that never parts partners."
+            msg = f"`obs[{key!r}]` must name a control cell among the {where} cells for every {kind} cell; received {preview(names.iloc[part[wrong]])}: name training controls, and use a `split_key` that never parts partners."
             raise ValueError(msg)
     return of_cell
 
@@ -234,6 +247,8 @@ class PairedSplitter(DataSplitter):
         Manager of the AnnData.
     partners
         Partners of the cells; None: plain loaders.
+    members
+        Which cells are members of batches, shape ``(n_cells,)``; the others are only partners. Default: all.
     by_label
         Whether a batch holds cells of one label only.
     distributed_sampler
@@ -247,12 +262,16 @@ class PairedSplitter(DataSplitter):
         adata_manager: AnnDataManager,
         *,
         partners: Partners | None = None,
+        members: np.ndarray | None = None,
         by_label: bool = False,
         distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(adata_manager, distributed_sampler=distributed_sampler, **kwargs)
         self.partners, self.by_label, self.distributed_sampler = partners, by_label, distributed_sampler
+        self.members = np.ones(adata_manager.adata.n_obs, dtype=bool) if members is None else members
+        if self.external_indexing is not None:  # numbers of cells that losses add up over
+            self.n_train, self.n_val = (int(self.members[part].sum()) for part in self.external_indexing[:2])
         if by_label and distributed_sampler:
             msg = "Batches of one label cannot be loaded by several processes; received alignment='mmd' with a distributed strategy: train on one device."
             raise NotImplementedError(msg)
@@ -269,6 +288,7 @@ class PairedSplitter(DataSplitter):
 
     def _loader(self, indices: np.ndarray, *, training: bool) -> DataLoader:
         assert self.partners is not None
+        indices = indices[self.members[indices]]
         data = PairedCells(self.adata_manager, indices, self.partners, redraw=training)
         options = dict(self.data_loader_kwargs)
         batch_size, drop_last = options.pop("batch_size"), self.drop_last and training

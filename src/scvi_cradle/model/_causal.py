@@ -229,6 +229,8 @@ class CausalMixin(ControlPairsMixin):
         output = module.decoder(parts, module.covariates(tensors).mean(0).expand(d + 1, -1))[0]
         if module.decoder.likelihood.counts:
             output = torch.log_softmax(output, dim=-1) / np.log(2)
+        else:
+            output = module.decoder.likelihood.mean(output)
         return pd.DataFrame((output[1:] - output[0]).cpu().numpy(), index=self._program_names(), columns=self._genes)
 
     def get_perturbation_leakage(

@@ -12,6 +12,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS, settings
 from torch import Generator, Tensor
 
+from scvi_cradle._constants import KEYS
 from scvi_cradle._matrix import row_sums
 from scvi_cradle._validation import preview
 from scvi_cradle.data import PairedSplitter, find_partners, pool_of_cells
@@ -35,15 +36,35 @@ class ControlPairsMixin(TrainingMixin):
         alignment = self.module.alignment
         if alignment == "none":
             return {}
+        if not len(self._batch_cells(split[0])):
+            msg = f"control_cells='partners' trains on perturbed cells; received {len(split[0])} training cells that are all controls: add perturbed ones."
+            raise ValueError(msg)
         partners = find_partners(
             self.adata_manager,
             split,
-            self._table.labels.index(self._rule.control_name),
+            self._control_code,
             pairing=self._architecture["control_pairing"],
             column_key=self._architecture["control_partner_key"],
+            pair_controls=self._trains_on_controls,
             seed=settings.seed or 0,
         )
-        return {"partners": partners, "by_label": alignment == "mmd"}
+        return {"partners": partners, "members": self._members_of_batches(), "by_label": alignment == "mmd"}
+
+    def _batch_cells(self, cells: np.ndarray) -> np.ndarray:
+        return cells[self._members_of_batches()[cells]]
+
+    def _members_of_batches(self) -> np.ndarray:
+        """Return which cells are members of batches, and not partners alone, shape ``(n_cells,)``."""
+        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()
+        return (codes != self._control_code) | self._trains_on_controls
+
+    @property
+    def _trains_on_controls(self) -> bool:
+        return bool(self._architecture["control_cells"] == "included")
+
+    @property
+    def _control_code(self) -> int:
+        return self._table.labels.index(self._rule.control_name)
 
     def _sources(self) -> np.ndarray:
         return np.array(self._table.labels) == self._rule.control_name
@@ -106,7 +127,6 @@ class ControlPairsMixin(TrainingMixin):
         state, responsive = unit.split([module.n_invariant, module.n_responsive], dim=-1)
         return torch.cat([mean + std * state, responsive], dim=-1)
 
-    @torch.inference_mode()
     def get_generated_expression(
         self,
         perturbations: str | Sequence[str] | None = None,
@@ -132,8 +152,8 @@ class ControlPairsMixin(TrainingMixin):
             Labels, also unseen combinations of any number of treatments that were trained alone. Default: all labels seen
             in training, sorted.
         adata, indices
-            Control cells to start from. Default: the training controls, of which at most 10,000 a batch are kept with the
-            model.
+            Control cells to start from, also of other data. Default: the training controls, of which at most 10,000 a
+            batch are kept with the model.
         n_samples
             Cells per label; control cells are drawn with replacement.
         artifact
@@ -146,29 +166,30 @@ class ControlPairsMixin(TrainingMixin):
         batch
             Batch of the control cells; default: any.
         seed, batch_size
-            As in scvi-tools: the seed of the draws (default: from torch's global generator), and cells decoded at once.
+            Seed of the draws (default: from torch's global generator), and cells decoded at once.
 
         Returns
         -------
-        AnnData of shape ``(len(perturbations) * n_samples, n_genes)``, blocks of cells in the order of the request;
-        ``obs``: ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or
-        ``"unseen combination"``), ``library_size`` (of counts) and the batch.
+        AnnData as of the other models: blocks of ``n_samples`` cells in the order of the request; ``obs``:
+        ``perturbation`` (and the registered key), ``artifact``, ``seen`` (``"seen"`` or ``"unseen combination"``),
+        ``library_size`` (of counts) and the batch.
 
         Raises
         ------
         ValueError
-            For an unknown treatment, for an unseen combination with a treatment that was never trained alone, and for
-            cells that are no controls.
+            For an unknown treatment, an unseen combination with a treatment that was never trained alone, and cells
+            that are no controls.
         NotImplementedError
             For an artifact.
         RuntimeError
             If the model is not trained.
         """
-        labels = self._requested_labels(perturbations)
-        request = Request(n_samples, bool(artifact), library_size, output, batch, seed, batch_size)
-        pool = self._library_pool if adata is None and indices is None else self._pool_of(adata, indices)
-        return self._generate(labels, pool, request)
+        pool = None if adata is None and indices is None else self._pool_of(adata, indices)
+        return self._generate(
+            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size), pool
+        )
 
+    @torch.inference_mode()
     def _pool_of(self, adata: AnnData | None, indices: Sequence[int] | None) -> dict[str, np.ndarray]:
         """Return given control cells in the form of the model's pool."""
         data = self._validate_anndata(adata)

@@ -42,7 +42,6 @@ class Request:
 class GenerationMixin(LabelledModel):
     """New cells from the prior and counterfactuals of given cells."""
 
-    @torch.inference_mode()
     def get_generated_expression(
         self,
         perturbations: str | Sequence[str] | None = None,
@@ -93,19 +92,27 @@ class GenerationMixin(LabelledModel):
         RuntimeError
             If the model is not trained.
         """
-        request = Request(n_samples, bool(artifact), library_size, output, batch, seed, batch_size)
-        return self._generate(self._requested_labels(perturbations), self._library_pool, request)
+        return self._generate(
+            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size)
+        )
 
-    def _generate(self, labels: list[str], pool: dict[str, np.ndarray], request: Request) -> AnnData:
-        """Generate cells of canonical labels, with covariates, library sizes and states of the cells of a pool."""
+    @torch.inference_mode()
+    def _generate(
+        self,
+        perturbations: str | Sequence[str] | None,
+        request: Request,
+        pool: dict[str, np.ndarray] | None = None,
+    ) -> AnnData:
+        """Generate cells with covariates, library sizes and states of the cells of a pool; default: the model's own."""
+        labels = self._requested_labels(perturbations)
+        pool = self._library_pool if pool is None else pool
         self._check_output(request.output)
-        with_artifact = self._artifact_argument(artifact=request.artifact)
+        artifact = bool(request.artifact)
+        with_artifact = self._artifact_argument(artifact=artifact)
         check_positive("n_samples", request.n_samples, integer=True)
         generator, rng = _randomness(self, request.seed)
         batch = self._batch_code(request.batch)
-        draw = draw_libraries(
-            pool, request.n_samples, request.library_size, artifact=request.artifact, batch=batch, rng=rng
-        )
+        draw = draw_libraries(pool, request.n_samples, request.library_size, artifact=artifact, batch=batch, rng=rng)
         covariates = covariate_tensors(pool, draw.rows)
         members = torch.as_tensor(self._members(labels), device=self.module.device)
         blocks = []
@@ -117,7 +124,7 @@ class GenerationMixin(LabelledModel):
                 decoded = decode_prior(self.module, pairs, tensors, noise, generator=generator, **with_artifact)
                 library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
                 blocks.append(_emit(self.module, decoded, library, request.output, generator))
-        obs = self._generated_obs(labels, request.n_samples, artifact=request.artifact)
+        obs = self._generated_obs(labels, request.n_samples, artifact=artifact)
         if self.module.decoder.likelihood.counts:
             obs["library_size"] = np.tile(draw.total, len(labels))
         self._add_batch(obs, np.tile(pool["batch"][draw.rows], len(labels)))

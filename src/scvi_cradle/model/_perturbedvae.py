@@ -9,6 +9,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle import presets
+from scvi_cradle._perturbedvae_settings import check_output, check_warmup, split_latent
 from scvi_cradle._validation import check_one_of
 from scvi_cradle.data import TrainingStatistics, check_pairing, holds_counts
 from scvi_cradle.model._causal import CausalMixin
@@ -17,7 +18,7 @@ from scvi_cradle.model._setup import SetupMixin, check_likelihood
 from scvi_cradle.module import PerturbedVAEModule
 
 TRAINING = ("n_epochs_kl_warmup", "n_epochs_align_warmup")
-MODEL_ONLY = ("control_pairing", "control_partner_key", "sample_latents", "output_bias", *TRAINING)
+MODEL_ONLY = ("control_cells", "control_pairing", "control_partner_key", "sample_latents", "output_bias", *TRAINING)
 KL_WEIGHTS = ("kl_weight_responsive", "kl_weight_invariant")
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO, MIN_VARIANCE_RATIO_BESIDE_NOISE = 0.1, 0.02  # of expected to real values
@@ -58,9 +59,17 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         Variances of the responsive variables' noise: ``"learned"`` (recommended) for every perturbation, or ``"fixed"``.
     lambda_bound
         None (recommended), or ``"tanh"``: weights of the graph stay within (-1, 1).
+    noise_encoder
+        Posterior of the responsive variables' noise, from the encoder's output and the treatments: ``"mlp"``
+        (recommended), with one hidden layer of ``n_hidden``, or ``"linear"``, without.
     likelihood
         ``"mse"`` (recommended): mean squared error over genes; ``"gaussian"``: a likelihood with a variance per gene;
         ``"nb"``: for counts.
+    output_activation
+        Of the decoder, for ``"mse"`` and ``"gaussian"``: ``"identity"`` (recommended), ``"softplus"`` (expected values
+        are positive: for data that are not centred) or ``"leaky_relu"`` (of slope 0.2).
+    output_variance
+        For ``likelihood="gaussian"``: ``"learned"`` (recommended) for every gene, or a number, the variance of all.
     alignment
         ``"l2"``: squared distance of the posterior means of :math:`z_\iota` of a cell and of its control
         partner; ``"mmd"``: discrepancy between cells and predictions from their partners, in batches of one
@@ -79,6 +88,10 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
     n_epochs_kl_warmup, n_epochs_align_warmup
         ``(start, end)`` of linear warm-ups in epochs. Default: from 10 % (alignment: 5 %) to 50 % of the run, which is
         (10, 50) and (5, 50) of 100 epochs.
+    control_cells
+        ``"included"`` (recommended): control cells are cells of the training like others; ``"partners"``: they are
+        partners of others alone, for ``alignment="l2"`` and ``"mmd"``. Beside ``"l2"`` the mechanisms without a treatment
+        are then not trained, so that generated controls, and effects as differences from them, extrapolate.
     control_pairing
         Partners of cells: ``"random"``: a training control drawn anew in every epoch; ``"fixed"``: drawn
         once; ``"within:<column of obs>"``: drawn anew among controls of the same batch, cell type, ...; ``"shared"``:
@@ -122,7 +135,10 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         mechanism: str | None = None,
         noise_scale: str | None = None,
         lambda_bound: str | None = None,
+        noise_encoder: str | None = None,
         likelihood: str | None = None,
+        output_activation: str | None = None,
+        output_variance: str | float | None = None,
         alignment: str | None = None,
         alignment_weight: float | None = None,
         align_stop_grad: str | None = None,
@@ -130,16 +146,18 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         kl_weight_invariant: float | None = None,
         n_epochs_kl_warmup: tuple[float, float] | None = None,
         n_epochs_align_warmup: tuple[float, float] | None = None,
+        control_cells: str | None = None,
         control_pairing: str | None = None,
         control_partner_key: str | None = None,
         sample_latents: bool | None = None,
     ) -> None:
         given = dict(locals())
         architecture, training = presets.resolve("PerturbedVAE", preset, given)
-        architecture |= presets.split_latent(n_latent, n_latent_responsive, n_latent_invariant, architecture)
+        architecture |= split_latent(n_latent, n_latent_responsive, n_latent_invariant, architecture)
         presets.check(architecture, likelihood=("mse", "gaussian", "nb"))
+        check_output(*(architecture[k] for k in ("likelihood", "output_activation", "output_variance")))
         for name in TRAINING:
-            presets.check_warmup(name, architecture[name])
+            check_warmup(name, architecture[name])
         check_one_of("sample_latents", architecture["sample_latents"], (True, False))
         check_pairing(architecture["control_pairing"], control_partner_key)
         architecture |= {"control_partner_key": control_partner_key, "output_bias": "data"}
@@ -164,6 +182,9 @@ class PerturbedVAE(SetupMixin, CausalMixin, EffectsMixin):
         if settings["alignment"] is None:
             asked = settings["control_pairing"] != "random" or settings["alignment_weight"] is not None
             settings["alignment"] = "l2" if asked else "none"
+        if settings["control_cells"] == "partners" and settings["alignment"] == "none":
+            msg = "`control_cells='partners'` needs an alignment, without which no control cell would be seen in training; received alignment='none': give alignment='l2' or 'mmd', or leave `control_cells` out."
+            raise ValueError(msg)
         if settings["alignment_weight"] is None:
             scale = len(self._genes) / 2 if sums and settings["alignment"] == "l2" else 1.0
             settings["alignment_weight"] = ALIGNMENT_WEIGHT[settings["alignment"]] * scale

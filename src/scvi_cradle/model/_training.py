@@ -109,17 +109,18 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         )
         self._check_training_controls(split[0])
         splitter = self._splitter_arguments(split)
+        n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
-        steps_per_epoch = math.ceil(len(split[0]) / batch_size)
+        steps_per_epoch = math.ceil(n_cells / batch_size)
         if max_epochs is None and max_steps is None:
             max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
-        max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, len(split[0]))
+        max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, n_cells)
         plan = {name: settings_[name] for name in PLAN_ARGUMENTS if name in settings_}
         plan |= {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
         if max_steps is not None:
             trainer["max_steps"] = max_steps
-        if len(split[1]) and not early_stopping and not kwargs.get("enable_checkpointing"):
+        if n_validation and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
             kwargs = self._stopping_arguments(max_epochs) | kwargs
@@ -140,6 +141,10 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
+
+    def _batch_cells(self, cells: np.ndarray) -> np.ndarray:
+        """Return the positions, among those of a part of the split, of cells that batches are made of."""
+        return cells
 
     def _splitter_arguments(self, split: list[np.ndarray]) -> dict[str, Any]:
         """Return further arguments of the model's data splitter; an error for a split that it cannot use."""

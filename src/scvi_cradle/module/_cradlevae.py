@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal
 
 from scvi_cradle._constants import KEYS
+from scvi_cradle.module._counterfactual import counterfactual_kl
 from scvi_cradle.module.base import (
     AmortizedEmbedding,
     ArtifactLatent,
@@ -23,7 +24,6 @@ from scvi_cradle.module.base import (
     PerturbationModule,
     References,
     TreatmentEffects,
-    gaussian_kl,
     posterior_of_cells,
     sample_normal,
 )
@@ -310,7 +310,7 @@ class CradleVAEModule(PerturbationModule):
         """Return the negative ELBO per cell plus the weighted counterfactual term, averaged over the batch."""
         output = super().loss(tensors, inference_outputs, generative_outputs, kl_weight=kl_weight, n_obs=n_obs)
         latent, inputs = inference_outputs["latent"], self._get_inference_input(tensors)
-        counterfactual, eligible = self.counterfactual_kl(latent, inference_outputs["pairs"], inputs)
+        counterfactual, eligible = counterfactual_kl(self, latent, inference_outputs["pairs"], inputs)
         cf_total = counterfactual.mean(0).sum()
         output.loss = output.loss + self.cf_weight * (
             cf_total if self.cf_reduction == "sum" else cf_total / len(eligible)
@@ -340,38 +340,3 @@ class CradleVAEModule(PerturbationModule):
             return torch.where(artifact > 0, 1 - failed, failed)
         failed = (self.n_failed / self.n_train.clamp_min(1)).clamp(1e-6, 1 - 1e-6)
         return torch.where(artifact > 0, 0.5 / failed, 0.5 / (1 - failed))
-
-    def counterfactual_kl(self, latent: LatentDraw, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the divergence between reference and counterfactual basal states of eligible cells.
-
-        Eligible is a cell that passed QC and whose label has a failed training cell.
-
-        Returns
-        -------
-        The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
-        """
-        x_projected, label = latent.x_projected, inputs["label"]
-        eligible = (inputs["artifact"][:, 0] == 0) & self.references.available(label)
-        if self.cf_weight == 0 or not self.sees_effects or not bool(eligible.any()):
-            return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
-        cells = eligible.nonzero()[:, 0]
-        labels, inverse = torch.unique(label[cells], return_inverse=True)
-        reference = self.encoder.first.project("x", self.standardize(self.references(labels)))
-        reference = reference.index_select(0, inverse)
-        effects = latent.offsets[0].index_select(1, cells)
-        vector = self._artifact_on(latent.artifact_vector, cells)
-        counterfactual = self.encoder(x_projected.index_select(0, cells), effects, vector)
-        if not self.share_global_samples:
-            draw = self.effects.draw(pairs, len(effects), per_cell=self.per_cell)
-            redrawn, _ = self.artifact.draw(*latent.artifact_vector.shape[:2])
-            effects = draw.to_cells(self.encoder.first.project("perturbation", draw.rows), pairs).index_select(1, cells)
-            vector = self._artifact_on(redrawn, cells)
-        target = self.encoder(reference, effects, vector)
-        if self.cf_detach_reference:
-            target = Normal(target.loc.detach(), target.scale.detach(), validate_args=False)
-        first, second = (target, counterfactual) if self.cf_direction == "reference_first" else (counterfactual, target)
-        return gaussian_kl(first.loc, first.scale, second.loc, second.scale).sum(-1), eligible
-
-    def _artifact_on(self, vector: Tensor, cells: Tensor) -> Tensor:
-        """Return the encoder offset of cells with the artifact switched on, shape ``(P, n_cells or 1, H)``."""
-        return self.encoder.first.project("artifact", vector if vector.shape[1] == 1 else vector.index_select(1, cells))

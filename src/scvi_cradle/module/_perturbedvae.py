@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from scvi import REGISTRY_KEYS
@@ -12,9 +12,9 @@ from torch.distributions import Normal
 
 from scvi_cradle._constants import KEYS, partner_key
 from scvi_cradle.module.base import (
+    CausalDraw,
     GaussianHead,
     LatentCausalModel,
-    Mechanism,
     Pairs,
     PerceptronDecoder,
     PerturbationModule,
@@ -29,41 +29,6 @@ from scvi_cradle.module.base import (
 )
 
 COVARIATES = (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY)
-
-
-class CausalDraw(NamedTuple):
-    """What ``inference`` draws; the leading axis of latent variables is the particle.
-
-    Parameters
-    ----------
-    q_basal, z_basal
-        Posterior of the invariant variables ``z_iota`` and a draw, shape ``(n_particles, n_cells, n_invariant)``.
-    q_noise, noise
-        Posterior of the noise of the responsive variables beside its prior mean, and a draw, shape
-        ``(n_particles, n_cells, n_responsive)``.
-    mechanism
-        :class:`~scvi_cradle.module.base.Mechanism` of every cell.
-    z_responsive
-        ``z_nu``, shape ``(n_particles, n_cells, n_responsive)``.
-    hidden
-        Output of the shared encoder, shape ``(1, n_cells, n_hidden)``.
-    q_partner
-        Posterior of the invariant variables of the cells' control partners, if they are given, shape
-        ``(n_particles, n_cells, n_invariant)``.
-    prior_mean, effects
-        0, the mean of the prior of ``z_iota``, and None: there are no global variables.
-    """
-
-    q_basal: Normal
-    z_basal: Tensor
-    q_noise: Normal
-    noise: Tensor
-    mechanism: Mechanism
-    z_responsive: Tensor
-    hidden: Tensor
-    q_partner: Normal | None = None
-    prior_mean: float = 0.0
-    effects: Any = None
 
 
 class PerturbedVAEModule(PerturbationModule):
@@ -83,8 +48,15 @@ class PerturbedVAEModule(PerturbationModule):
         Sizes of the latent blocks and of the networks.
     mechanism, noise_scale, lambda_bound
         How mechanisms depend on treatments (see :class:`~scvi_cradle.module.base.LatentCausalModel`).
+    noise_encoder
+        Posterior of the responsive variables' noise from the hidden layer and the treatments: ``"mlp"``, with one hidden
+        layer, or ``"linear"``.
     likelihood
         ``"mse"``, ``"gaussian"`` or ``"nb"``.
+    output_activation
+        From the decoder's outputs to means of values: ``"identity"``, ``"softplus"`` or ``"leaky_relu"``.
+    output_variance
+        Of the Gaussian: ``"learned"`` for every gene, or a number.
     alignment, alignment_weight, align_stop_grad
         What aligns a cell with its control partner: ``"l2"``, the squared distance of the posterior means of
         ``z_iota``; ``"mmd"``, the discrepancy between a batch and cells predicted from its partners, in place of the
@@ -112,7 +84,10 @@ class PerturbedVAEModule(PerturbationModule):
         mechanism: Literal["mlp", "linear"],
         noise_scale: Literal["learned", "fixed"],
         lambda_bound: Literal["tanh"] | None,
+        noise_encoder: Literal["mlp", "linear"],
         likelihood: Literal["mse", "gaussian", "nb"],
+        output_activation: Literal["identity", "softplus", "leaky_relu"],
+        output_variance: Literal["learned"] | float,
         alignment: Literal["l2", "mmd", "none"],
         alignment_weight: float,
         align_stop_grad: Literal["control"] | None,
@@ -135,8 +110,9 @@ class PerturbedVAEModule(PerturbationModule):
         self.register_buffer("kl_weights", torch.tensor([kl_weight_responsive, kl_weight_invariant]))
         self.encoder = perceptron(n_genes, n_hidden, n_layers)
         self.invariant_head = GaussianHead(n_hidden, n_latent_invariant)
-        self.noise_encoder = perceptron(n_hidden + n_treatments, n_hidden, 1)
-        self.noise_head = GaussianHead(n_hidden, n_latent_responsive)
+        n_layers_noise, n_inputs = int(noise_encoder == "mlp"), n_hidden + n_treatments
+        self.noise_encoder = perceptron(n_inputs, n_hidden, n_layers_noise)
+        self.noise_head = GaussianHead(n_hidden if n_layers_noise else n_inputs, n_latent_responsive)
         self.causal = LatentCausalModel(
             n_treatments,
             n_latent_responsive,
@@ -146,6 +122,9 @@ class PerturbedVAEModule(PerturbationModule):
             noise_scale=noise_scale,
             lambda_bound=lambda_bound,
         )
+        observation: dict[str, Any] = {} if likelihood == "nb" else {"activation": output_activation}
+        if output_variance != "learned":
+            observation["variance"] = float(output_variance)
         self.decoder = PerceptronDecoder(
             n_genes,
             {"invariant": n_latent_invariant, "responsive": n_latent_responsive},
@@ -153,6 +132,7 @@ class PerturbedVAEModule(PerturbationModule):
             n_layers,
             n_covariates=self.n_covariates,
             likelihood=likelihood,
+            **observation,
         )
 
     def _get_inference_input(self, tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
-from scipy.stats import gaussian_kde
 
 from scvi_cradle._constants import COLUMNS, QC_CRITERIA, QC_UNS_KEY
 from scvi_cradle._labels import LabelRule, canonical_labels
 from scvi_cradle._matrix import get_matrix
 from scvi_cradle._qc import PCT_CRITERIA, check_record, flag_cells, qc_metrics, record_gene_masks
 from scvi_cradle._validation import check_key, near_matches, preview
+from scvi_cradle.pl._qc_panels import (
+    LOGARITHMIC,
+    Quality,
+    batch_colours,
+    doublet_bars,
+    drawable,
+    dress_violins,
+    histogram,
+    is_wide,
+    percent,
+    violin,
+)
 from scvi_cradle.pl._style import (
     BLUE,
     FAIL,
@@ -26,33 +36,10 @@ from scvi_cradle.pl._style import (
     PALETTE,
     AxesArgument,
     finish,
-    padded,
     panels,
     shade,
     style,
-    ticks,
 )
-
-TITLES = {
-    QC_CRITERIA.TOTAL_COUNTS: "UMI counts per cell",
-    QC_CRITERIA.N_GENES: "genes detected per cell",
-    QC_CRITERIA.PCT_MT: "mitochondrial counts (%)",
-    QC_CRITERIA.PCT_RIBO: "ribosomal counts (%)",
-    QC_CRITERIA.PCT_HB: "haemoglobin counts (%)",
-    QC_CRITERIA.DOUBLET: "doublet calls",
-}
-LOGARITHMIC = (QC_CRITERIA.TOTAL_COUNTS, QC_CRITERIA.N_GENES)
-MAX_KDE_CELLS = 5_000
-MAX_BATCH_COLOURS = 6
-N_BINS = 50
-
-
-class _Quality(NamedTuple):
-    """Metrics and flags of the cells of one AnnData."""
-
-    metrics: pd.DataFrame
-    flags: pd.DataFrame
-    batches: np.ndarray | None
 
 
 def qc_violin(
@@ -127,12 +114,12 @@ def qc_violin(
         width = 1.2 + 0.7 * len(groups)
         fig, axes = panels(len(chosen), ax, ncols=ncols, size=(width, 2.6))
         for axis, criterion in zip(axes, chosen, strict=True):
-            values = [_drawable(quality.metrics[criterion], criterion) for quality in groups.values()]
-            log = _is_wide(np.concatenate(values), criterion)
+            values = [drawable(quality.metrics[criterion], criterion) for quality in groups.values()]
+            log = is_wide(np.concatenate(values), criterion)
             for position, drawn in enumerate(values):
-                _violin(axis, position, drawn, colours[position % len(colours)], log=log)
+                violin(axis, position, drawn, colours[position % len(colours)], log=log)
             shares = {name: float(quality.flags[criterion].mean()) for name, quality in groups.items()}
-            _dress_violins(axis, criterion, shares, log=log)
+            dress_violins(axis, criterion, shares, log=log)
             shade(axis, _bounds(record, criterion), axis="y")
         return finish(fig, axes, ax=ax, show=show, save=save)
 
@@ -183,16 +170,16 @@ def qc_thresholds(
     record = _record(adata)
     chosen = _criteria(record, criteria, doublets=f"qc_{QC_CRITERIA.DOUBLET}" in adata.obs)
     quality = _quality(adata, record, layer or str(record.get("layer", "")) or None)
-    batches = _batch_colours(record, quality)
+    batches = batch_colours(record, quality)
     with style():
         fig, axes = panels(len(chosen), ax, ncols=ncols, size=(2.6, 2.4))
         for axis, criterion in zip(axes, chosen, strict=True):
             if criterion == QC_CRITERIA.DOUBLET:
-                _doublet_bars(axis, adata.obs[f"qc_{criterion}"].to_numpy(dtype=bool))
+                doublet_bars(axis, adata.obs[f"qc_{criterion}"].to_numpy(dtype=bool))
                 continue
-            _histogram(axis, quality, criterion, batches)
+            histogram(axis, quality, criterion, batches)
             flagged = float(quality.flags[criterion].mean())
-            axis.set_title(f"{_percent(flagged)} flagged", color=FAIL if flagged else GREY)
+            axis.set_title(f"{percent(flagged)} flagged", color=FAIL if flagged else GREY)
             shade(axis, _bounds(record, criterion), axis="x", colours=list(batches.values()) or None)
         if batches:
             handles, _ = axes[0].get_legend_handles_labels()
@@ -243,12 +230,12 @@ def _select(adata: AnnData, perturbation: str | Sequence[str] | None, key: str, 
     return adata[chosen]
 
 
-def _quality(adata: AnnData, record: Mapping[str, Any], layer: str | None) -> _Quality:
+def _quality(adata: AnnData, record: Mapping[str, Any], layer: str | None) -> Quality:
     masks = record_gene_masks(record, adata.var_names, "the AnnData")
     metrics = qc_metrics(get_matrix(adata, layer), masks)
     batch_key = str(record.get("batch_key") or "")
     batches = adata.obs[batch_key].astype(str).to_numpy() if batch_key and batch_key in adata.obs else None
-    return _Quality(metrics, flag_cells(metrics, record, batches), batches)
+    return Quality(metrics, flag_cells(metrics, record, batches), batches)
 
 
 def _bounds(record: Mapping[str, Any], criterion: str) -> dict[str, np.ndarray]:
@@ -257,95 +244,3 @@ def _bounds(record: Mapping[str, Any], criterion: str) -> dict[str, np.ndarray]:
     if str(record["flavor"]) == "robust" and criterion in LOGARITHMIC:
         bounds = {side: np.expm1(values) for side, values in bounds.items()}
     return bounds
-
-
-def _drawable(values: pd.Series, criterion: str) -> np.ndarray:
-    array = values.to_numpy(dtype=np.float64)
-    array = array[np.isfinite(array)]
-    return np.maximum(array, 1.0) if criterion in LOGARITHMIC else array
-
-
-def _is_wide(values: np.ndarray, criterion: str) -> bool:
-    """Whether counts or genes range over more than a factor of ten: a logarithmic axis."""
-    return criterion in LOGARITHMIC and len(values) > 0 and bool(values.max() > 10 * values.min())
-
-
-def _violin(ax: Axes, position: int, values: np.ndarray, colour: str, *, log: bool) -> None:
-    if not len(values):
-        return
-    scaled = np.log10(values) if log else values
-    grid, density = _density(scaled)
-    half = 0.4 * density / density.max()
-    heights = 10**grid if log else grid
-    ax.fill_betweenx(heights, position - half, position + half, color=colour, alpha=0.55, linewidth=0, zorder=2)
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    ax.vlines(position, low, high, color="black", linewidth=3, zorder=4)
-    ax.plot(position, median, marker="o", markersize=4, color="white", markeredgecolor="black", zorder=5)
-
-
-def _density(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-9 * max(1.0, abs(high)):
-        return np.array([low, high]), np.ones(2)
-    if len(values) > MAX_KDE_CELLS:
-        quantiles = np.linspace(0, len(values) - 1, MAX_KDE_CELLS).round().astype(int)
-        values = np.sort(values)[quantiles]
-    grid = np.linspace(low, high, 200)
-    return grid, gaussian_kde(values)(grid)
-
-
-def _dress_violins(ax: Axes, criterion: str, shares: dict[str, float], *, log: bool) -> None:
-    ax.set_xlim(-0.6, len(shares) - 0.4)
-    ax.set_xticks(range(len(shares)), [f"{name}\n{_percent(share)} fail" for name, share in shares.items()])
-    ax.set_ylabel(TITLES[criterion])
-    if log:
-        ax.set_yscale("log")
-    ax.set_ylim(*padded(ax.dataLim.intervaly, log=log))
-    ticks(ax, "y", log=log)
-
-
-def _batch_colours(record: Mapping[str, Any], quality: _Quality) -> dict[str, str]:
-    """Return a colour for every batch, in the order of the thresholds; none for a single batch or for many."""
-    names = [str(name) for name in np.ravel(record["batches"])]
-    if quality.batches is None or not 1 < len(names) <= MAX_BATCH_COLOURS:
-        return {}
-    return dict(zip(names, PALETTE, strict=False))
-
-
-def _histogram(ax: Axes, quality: _Quality, criterion: str, batches: dict[str, str]) -> None:
-    values = quality.metrics[criterion].to_numpy(dtype=np.float64)
-    kept = np.isfinite(values)
-    values = np.maximum(values, 1.0) if criterion in LOGARITHMIC else values
-    log = _is_wide(values[kept], criterion)
-    low, high = (float(f(values[kept])) for f in (np.min, np.max)) if kept.any() else (0.0, 1.0)
-    high = high if high > low else low + 1.0
-    edges = (np.geomspace if log else np.linspace)(low, high, N_BINS + 1).tolist()
-    for name, colour in batches.items():
-        chosen = kept & (quality.batches == name)
-        ax.hist(values[chosen], edges, histtype="step", color=colour, linewidth=1.3, label=name)
-    if not batches:
-        ax.hist(values[kept], edges, color=BLUE, alpha=0.8)
-    if log:
-        ax.set_xscale("log")
-    ax.set_xlim(*padded((low, high), log=log))
-    ax.set_xlabel(TITLES[criterion])
-    ax.set_ylabel("cells")
-    ticks(ax, "x", log=log)
-    ticks(ax, "y", log=False)
-
-
-def _doublet_bars(ax: Axes, flags: np.ndarray) -> None:
-    share = float(flags.mean()) if len(flags) else 0.0
-    ax.bar([0, 1], [int((~flags).sum()), int(flags.sum())], color=[BLUE, FAIL], width=0.6)
-    ax.set_xticks([0, 1], ["single cells", "doublets"])
-    ax.set_xlim(-0.6, 1.6)
-    ax.set_xlabel(TITLES[QC_CRITERIA.DOUBLET])
-    ax.set_ylabel("cells")
-    ticks(ax, "y", log=False)
-    ax.set_title(f"{_percent(share)} flagged", color=FAIL if share else GREY)
-
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.0005:
-        return "< 0.1 %"
-    return f"{100 * share:.1f} %" if 0 < share < 0.0995 else f"{100 * share:.0f} %"

@@ -9,8 +9,8 @@ import torch
 from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
+from scvi_cradle._perturbedvae_settings import check_warmup
 from scvi_cradle._validation import check_one_of
-from scvi_cradle.presets import check_warmup
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
 KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the steps: (10, 50) and (5, 50) of the published 100
@@ -57,6 +57,7 @@ class PerturbationTrainingPlan(TrainingPlan):
         **kwargs: Any,
     ) -> None:
         check_one_of("lr_schedule", lr_schedule, ("cosine", "constant"))
+        self.is_first_batch = True
         self.lr_schedule, self.lr_warmup_steps, self.effect_lr_scale = lr_schedule, lr_warmup_steps, effect_lr_scale
         super().__init__(
             module,
@@ -89,6 +90,16 @@ class PerturbationTrainingPlan(TrainingPlan):
             return (step + 1) / (warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Take a step."""
+        self.is_first_batch = batch_idx == 0
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure the loss of a batch."""
+        self.is_first_batch = batch_idx == 0
+        super().validation_step(batch, batch_idx)
+
     def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict[str, Any], mode: str) -> None:
         """Log the ELBO as scvi-tools does, and extra metrics outside inference mode (else multi-device runs fail).
 
@@ -98,7 +109,16 @@ class PerturbationTrainingPlan(TrainingPlan):
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
         extra, loss_output.extra_metrics = loss_output.extra_metrics, {}
-        super().compute_and_log_metrics(loss_output, metrics, mode)
+        if self.is_first_batch or self.on_step:
+            super().compute_and_log_metrics(loss_output, metrics, mode)
+        else:  # lightning has known these objects since the first batch of the epoch, and telling it again takes long
+            with torch.inference_mode():
+                metrics[f"elbo_{mode}"].update(
+                    reconstruction_loss=loss_output.reconstruction_loss_sum,
+                    kl_local=loss_output.kl_local_sum,
+                    kl_global=loss_output.kl_global_sum,
+                    n_obs_minibatch=loss_output.n_obs_minibatch,
+                )
         self.log_dict(
             {f"{key}_{mode}": value.detach() for key, value in extra.items()},
             on_step=False,

@@ -46,7 +46,14 @@ from scvi_cradle.module.base._quantiles import (
     quantile_median,
 )
 from scvi_cradle.module.base._references import References
-from scvi_cradle.module.base._scm import LatentCausalModel, Mechanism, noise_kl, solve_columns, solve_in_order
+from scvi_cradle.module.base._scm import (
+    CausalDraw,
+    LatentCausalModel,
+    Mechanism,
+    noise_kl,
+    solve_columns,
+    solve_in_order,
+)
 
 __all__ = [
     "AmortizedEmbedding",
@@ -57,6 +64,7 @@ __all__ = [
     "BernoulliMask",
     "BetaBernoulliMask",
     "ClassifierBank",
+    "CausalDraw",
     "Decoder",
     "EffectDraw",
     "FreeGaussian",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +24,14 @@ class OutputHead(nn.Module):
         Number of genes.
     likelihood
         ``"nb"``, ``"poisson"``, ``"gaussian"`` or ``"mse"``.
+    **options
+        Further arguments of the observation model.
     """
 
-    def __init__(self, n_features: int, n_genes: int, likelihood: str) -> None:
+    def __init__(self, n_features: int, n_genes: int, likelihood: str, **options: Any) -> None:
         super().__init__()
         self.output = nn.Linear(n_features, n_genes)
-        self.likelihood = LIKELIHOODS[likelihood](n_genes)
+        self.likelihood = LIKELIHOODS[likelihood](n_genes, **options)
 
     def log_prob(self, x: Tensor, features: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x | features)`` summed over genes, shape ``(n_particles, n_cells)``, in its plain form."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import leaky_relu, softplus
 
 from scvi_cradle.module.base._elbo import normal_log_prob
 from scvi_cradle.module.base._likelihood import fused_log_prob, negative_binomial_log_prob, softmax_rates
@@ -13,6 +16,29 @@ from scvi_cradle.module.base._likelihood import fused_log_prob, negative_binomia
 LOG_THETA_BOUND = 10.0
 RARE_GENE_SHARE = 1e-6
 STD_FLOOR = 1e-3
+NEGATIVE_SLOPE = 0.2
+SOFTPLUS_FLOOR = 1e-3  # least mean that an output starts at: its slope there is about as small
+
+
+class Activation(NamedTuple):
+    """From the outputs of the last layer to means, and back."""
+
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+def _inverse_softplus(mean: Tensor) -> Tensor:
+    mean = mean.clamp_min(SOFTPLUS_FLOOR)
+    return mean + (-torch.expm1(-mean)).log()
+
+
+ACTIVATIONS = {
+    "identity": Activation(lambda output: output, lambda mean: mean),
+    "softplus": Activation(softplus, _inverse_softplus),
+    "leaky_relu": Activation(
+        lambda output: leaky_relu(output, NEGATIVE_SLOPE), lambda mean: leaky_relu(mean, 1 / NEGATIVE_SLOPE)
+    ),
+}
 
 
 class Likelihood(nn.Module):
@@ -92,27 +118,64 @@ class PoissonLikelihood(CountLikelihood):
         return torch.poisson(mean, generator=generator)
 
 
-class GaussianLikelihood(Likelihood):
-    """``x ~ N(output, sigma_g^2)``, for values that are no counts; library sizes play no part."""
+class ValueLikelihood(Likelihood):
+    """Values that are no counts, with mean ``activation(output)``; library sizes play no part.
+
+    Parameters
+    ----------
+    activation
+        ``"identity"``, ``"softplus"`` (no mean below 0) or ``"leaky_relu"`` (slope 0.2).
+    """
 
     counts = False
 
-    def __init__(self, n_genes: int) -> None:
+    def __init__(self, activation: str = "identity") -> None:
         super().__init__()
-        self.log_std = nn.Parameter(torch.zeros(n_genes))
+        self.activation = activation
+
+    def mean(self, output: Tensor, library: Tensor | None = None) -> Tensor:
+        """Return expected values, shape ``(..., n_cells, n_genes)``."""
+        return ACTIVATIONS[self.activation].forward(output)
+
+    def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
+        """Start the output bias where expected values are the means of the data, shape ``(n_genes,)``.
+
+        Means below 1e-3 count as 1e-3 where no expected value can be below 0.
+        """
+        layer.bias.data.copy_(ACTIVATIONS[self.activation].inverse(mean))
+
+
+class GaussianLikelihood(ValueLikelihood):
+    """``x ~ N(activation(output), sigma_g^2)``.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    activation
+        See :class:`ValueLikelihood`.
+    variance
+        The variance of every gene; None: learned, one per gene.
+    """
+
+    fixed_std: Tensor
+
+    def __init__(self, n_genes: int, activation: str = "identity", variance: float | None = None) -> None:
+        super().__init__(activation)
+        self.variance = variance
+        if variance is None:
+            self.log_std = nn.Parameter(torch.zeros(n_genes))
+        else:
+            self.register_buffer("fixed_std", torch.full((n_genes,), math.sqrt(variance)), persistent=False)
 
     @property
     def std(self) -> Tensor:
         """Standard deviation of every gene, shape ``(n_genes,)``."""
-        return self.log_std.exp() + STD_FLOOR
-
-    def mean(self, output: Tensor, library: Tensor) -> Tensor:
-        """Return expected values, shape ``(..., n_cells, n_genes)``."""
-        return output
+        return self.log_std.exp() + STD_FLOOR if self.variance is None else self.fixed_std
 
     def log_prob(self, x: Tensor, output: Tensor, library: Tensor) -> Tensor:
         """Return ``log p(x)`` summed over genes, shape ``(n_particles, n_cells)``."""
-        return normal_log_prob(x, output, self.std).sum(-1)
+        return normal_log_prob(x, self.mean(output), self.std).sum(-1)
 
     def sample(self, mean: Tensor, generator: Generator) -> Tensor:
         """Draw values."""
@@ -120,35 +183,27 @@ class GaussianLikelihood(Likelihood):
         return mean + self.std * noise
 
     def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
-        """Start the output bias and the standard deviations at those of the data, shape ``(n_genes,)``."""
-        layer.bias.data.copy_(mean)
-        self.log_std.data.copy_(std.log())
+        """Start the output bias and, if they are learned, the standard deviations at those of the data."""
+        super().initialize(layer, gene_share, mean, std)
+        if self.variance is None:
+            self.log_std.data.copy_(std.log())
 
 
-class MeanSquaredError(Likelihood):
-    """The squared error, averaged over genes, of values that are no counts; no likelihood, and nothing is drawn."""
+class MeanSquaredError(ValueLikelihood):
+    """The squared error, averaged over genes; no likelihood, and nothing is drawn."""
 
-    counts = False
     is_density = False
 
-    def __init__(self, n_genes: int) -> None:
-        super().__init__()
-
-    def mean(self, output: Tensor, library: Tensor) -> Tensor:
-        """Return expected values, shape ``(..., n_cells, n_genes)``."""
-        return output
+    def __init__(self, n_genes: int, activation: str = "identity") -> None:
+        super().__init__(activation)
 
     def log_prob(self, x: Tensor, output: Tensor, library: Tensor) -> Tensor:
         """Return the negative mean squared error over genes, shape ``(n_particles, n_cells)``."""
-        return -(x - output).square().mean(-1)
+        return -(x - self.mean(output)).square().mean(-1)
 
     def sample(self, mean: Tensor, generator: Generator) -> Tensor:
         """Return the mean: the objective has no observation noise."""
         return mean
-
-    def initialize(self, layer: nn.Linear, gene_share: Tensor, mean: Tensor, std: Tensor) -> None:
-        """Start the output bias at the mean of the data, shape ``(n_genes,)``."""
-        layer.bias.data.copy_(mean)
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {

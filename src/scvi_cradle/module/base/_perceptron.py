@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from scvi_cradle.module.base._decoder import OutputHead
-
-NEGATIVE_SLOPE = 0.2
+from scvi_cradle.module.base._observation import NEGATIVE_SLOPE
 
 
 def perceptron(
@@ -37,12 +38,22 @@ class PerceptronDecoder(OutputHead):
         Width of the covariate design.
     likelihood
         Name of the observation model.
+    **options
+        Further arguments of the observation model.
     """
 
     def __init__(
-        self, n_genes: int, parts: dict[str, int], n_hidden: int, n_layers: int, *, n_covariates: int, likelihood: str
+        self,
+        n_genes: int,
+        parts: dict[str, int],
+        n_hidden: int,
+        n_layers: int,
+        *,
+        n_covariates: int,
+        likelihood: str,
+        **options: Any,
     ) -> None:
-        super().__init__(n_hidden, n_genes, likelihood)
+        super().__init__(n_hidden, n_genes, likelihood, **options)
         self.parts = tuple(parts)
         self.hidden = perceptron(sum(parts.values()) + n_covariates, n_hidden, n_layers)
 

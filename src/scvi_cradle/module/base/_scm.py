@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from scvi_cradle.module.base._elbo import gaussian_kl
 from scvi_cradle.module.base._perceptron import perceptron
@@ -44,6 +45,41 @@ class Mechanism(NamedTuple):
     def modulation(self, z_invariant: Tensor) -> Tensor:
         """Return ``Lambda_nuiota z_iota``, shape ``(..., n_responsive)``."""
         return (self.context @ z_invariant[..., None])[..., 0]
+
+
+class CausalDraw(NamedTuple):
+    """What ``inference`` draws; the leading axis of latent variables is the particle.
+
+    Parameters
+    ----------
+    q_basal, z_basal
+        Posterior of the invariant variables ``z_iota`` and a draw, shape ``(n_particles, n_cells, n_invariant)``.
+    q_noise, noise
+        Posterior of the noise of the responsive variables beside its prior mean, and a draw, shape
+        ``(n_particles, n_cells, n_responsive)``.
+    mechanism
+        :class:`Mechanism` of every cell.
+    z_responsive
+        ``z_nu``, shape ``(n_particles, n_cells, n_responsive)``.
+    hidden
+        Output of the shared encoder, shape ``(1, n_cells, n_hidden)``.
+    q_partner
+        Posterior of the invariant variables of the cells' control partners, if they are given, shape
+        ``(n_particles, n_cells, n_invariant)``.
+    prior_mean, effects
+        0, the mean of the prior of ``z_iota``, and None: there are no global variables.
+    """
+
+    q_basal: Normal
+    z_basal: Tensor
+    q_noise: Normal
+    noise: Tensor
+    mechanism: Mechanism
+    z_responsive: Tensor
+    hidden: Tensor
+    q_partner: Normal | None = None
+    prior_mean: float = 0.0
+    effects: Any = None
 
 
 def solve_in_order(weights: Tensor, inputs: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""The counterfactual term of CRADLE-VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from scvi_cradle.module.base import BasalEncoder, Pairs, gaussian_kl
+
+
+def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the divergence between reference and counterfactual basal states of eligible cells.
+
+    Eligible is a cell that passed QC and whose label has a failed training cell.
+
+    Parameters
+    ----------
+    module
+        :class:`~scvi_cradle.module.CradleVAEModule`.
+    latent, pairs
+        What its ``inference`` returns.
+    inputs
+        The arguments of its ``inference``.
+
+    Returns
+    -------
+    The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
+    """
+    x_projected, label = latent.x_projected, inputs["label"]
+    eligible = (inputs["artifact"][:, 0] == 0) & module.references.available(label)
+    if module.cf_weight == 0 or not module.sees_effects or not bool(eligible.any()):
+        return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
+    cells = eligible.nonzero()[:, 0]
+    labels, inverse = torch.unique(label[cells], return_inverse=True)
+    reference = module.encoder.first.project("x", module.standardize(module.references(labels)))
+    reference = reference.index_select(0, inverse)
+    effects = latent.offsets[0].index_select(1, cells)
+    vector = _artifact_on(module.encoder, latent.artifact_vector, cells)
+    counterfactual = module.encoder(x_projected.index_select(0, cells), effects, vector)
+    if not module.share_global_samples:
+        draw = module.effects.draw(pairs, len(effects), per_cell=module.per_cell)
+        redrawn, _ = module.artifact.draw(*latent.artifact_vector.shape[:2])
+        effects = draw.to_cells(module.encoder.first.project("perturbation", draw.rows), pairs).index_select(1, cells)
+        vector = _artifact_on(module.encoder, redrawn, cells)
+    target = module.encoder(reference, effects, vector)
+    if module.cf_detach_reference:
+        target = Normal(target.loc.detach(), target.scale.detach(), validate_args=False)
+    first, second = (target, counterfactual) if module.cf_direction == "reference_first" else (counterfactual, target)
+    return gaussian_kl(first.loc, first.scale, second.loc, second.scale).sum(-1), eligible
+
+
+def _artifact_on(encoder: BasalEncoder, vector: Tensor, cells: Tensor) -> Tensor:
+    """Return the encoder offset of cells with the artifact switched on, shape ``(P, n_cells or 1, H)``."""
+    return encoder.first.project("artifact", vector if vector.shape[1] == 1 else vector.index_select(1, cells))
