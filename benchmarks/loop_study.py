@@ -27,10 +27,12 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import scvi
+from scipy.special import expit
 from scipy.stats import spearmanr, wasserstein_distance
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 import scvi_cradle as cradle
+from scvi_cradle.train import fit_classifiers
 
 SCREEN = {"n_cells": 2_000, "n_genes": 200, "n_perturbations": 8, "n_combinations": 0}
 GUIDES = {"guide_counts_key": "guide_counts", "guide_targets": "guide_targets"}
@@ -85,6 +87,7 @@ def simulate(options: argparse.Namespace) -> None:
             }.items():
                 table = model.get_perturbation_probability(**arguments)
                 scores[name] = table.max(axis=1).to_numpy()[labelled]
+            scores["nnNU on the same latents"] = nnnu(model)[labelled]
             screening = model.screening_
             common = {
                 "efficiency": efficiency,
@@ -95,6 +98,16 @@ def simulate(options: argparse.Namespace) -> None:
                 "seconds": seconds,
             }
             append(options.out, [common | {"evidence": k} | score(truth, p) for k, p in scores.items()])
+
+
+def nnnu(model: Any) -> np.ndarray:
+    """Return the probability of the published classifiers, from expression alone, on the latents that the model has now."""
+    screen = model._screen()
+    cells = screen.split(screen.row), screen.split(screen.control_row, controls=True)
+    fit = fit_classifiers(model.get_latent_representation(), *cells, screen.is_train)
+    probability = np.zeros(model.adata.n_obs)
+    probability[screen.row] = expit(np.concatenate(fit.unlabeled_logits))
+    return probability
 
 
 def score(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
@@ -192,7 +205,7 @@ def papalexi(options: argparse.Namespace) -> None:
     scvi.settings.seed = 0
     model = cradle.QuantileHurdleAE(adata)
     wall, cpu = time.perf_counter(), time.process_time()
-    model.fit_perturbation_loop(checkpoint_dir=options.model / "checkpoint", progress=False)
+    model.fit_perturbation_loop(checkpoint_dir=options.model / "checkpoint", scores=options.scores, progress=False)
     print(f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU s")
     model.save(options.model / "model", overwrite=True)
     print(model.loop_history_.T.to_string())
@@ -215,9 +228,10 @@ def papalexi(options: argparse.Namespace) -> None:
 def null(options: argparse.Namespace) -> None:
     model = cradle.QuantileHurdleAE.load(options.model / "model", adata=register(options.data))
     arguments: dict[str, Any] = {"whole_loop": True, "max_steps": options.steps} if options.whole_loop else {}
+    arguments["scores"] = options.scores
     start = time.perf_counter()
     table = model.get_null_calibration(options.runs, n_cells=options.n_cells, seed=0, **arguments)
-    table = table.assign(whole_loop=options.whole_loop)
+    table = table.assign(whole_loop=options.whole_loop, scores=options.scores)
     append(options.out, table.to_dict("records"))
     print(f"{time.perf_counter() - start:.0f} s")
 
@@ -227,7 +241,11 @@ def null(options: argparse.Namespace) -> None:
 
 def table(path: Path) -> str:
     frame = pd.read_csv(path)
-    keys = {"evidence": ["efficiency", "evidence"], "output": ["model", "output"], "weights": ["whole_loop", "weights"]}
+    keys = {
+        "evidence": ["efficiency", "evidence"],
+        "output": ["model", "output"],
+        "weights": ["whole_loop", "scores", "weights"],
+    }
     names = next((v for k, v in keys.items() if k in frame), None)
     if names is None:
         return frame.to_markdown(index=False, floatfmt=".3f")
@@ -259,6 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the autoencoder (per round)")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--n-cells", type=int, default=200)
+    parser.add_argument("--scores", choices=["discriminant", "nnnu"], default="discriminant")
     parser.add_argument("--whole-loop", action="store_true")
     options = parser.parse_args()
     if options.study == "table":

@@ -53,6 +53,8 @@ class LoopSettings:
         Weight of selected genes in the first round, its factor per round and its upper bound.
     guide_scales
         Weight of the guide prior in the classifier rounds; the last one holds for all later rounds.
+    scores
+        ``"discriminant"`` or ``"nnnu"``.
     gamma
         Power of the probability as weight of a cell in tests.
     control_weights
@@ -72,7 +74,8 @@ class LoopSettings:
     n_outer: int = 3
     max_steps: int = 500
     feature_weights: tuple[float, float, float] = (1e2, 10.0, 1e4)
-    guide_scales: tuple[float, ...] = (0.5, 0.0)
+    guide_scales: tuple[float, ...] = (0.5,)
+    scores: str = "discriminant"
     gamma: float = 1.0
     control_weights: str = "score"
     folds: str = "cells"
@@ -91,6 +94,7 @@ class LoopSettings:
             check_positive(name, getattr(self, name))
         check_positive("min_gap", self.min_gap, allow_zero=True)
         check_probability("fdr_level", self.fdr_level)
+        check_one_of("scores", self.scores, ("discriminant", "nnnu"))
         check_one_of("control_weights", self.control_weights, ("score", "equal"))
         check_one_of("folds", self.folds, ("cells", "guides"))
         weights = tuple(self.feature_weights)
@@ -125,7 +129,13 @@ def _plain(value: Any) -> Any:
 LOOP: Mapping[str, LoopSettings] = MappingProxyType(
     {
         "recommended": LoopSettings(),
-        "published": LoopSettings(n_outer=6, control_weights="equal", classifier={"lr": 1e-4, "patience": None}),
+        "published": LoopSettings(
+            n_outer=6,
+            guide_scales=(0.5, 0.0),
+            scores="nnnu",
+            control_weights="equal",
+            classifier={"lr": 1e-4, "patience": None},
+        ),
     }
 )
 

@@ -21,7 +21,8 @@ from scvi_cradle.model._base import cells_hash
 from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid, top_half_gap
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
 from scvi_cradle.model._loop_results import LoopResultsMixin
-from scvi_cradle.train import ClassifierSettings, fit_classifiers
+from scvi_cradle.model._scores import fit_scores
+from scvi_cradle.train import ClassifierSettings
 
 VALIDATION_SHARE = 0.2
 FREE_PREVALENCE = 0.5  # of categories that are too small for a classifier
@@ -43,6 +44,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         split_key: str | None = None,
         feature_weights: tuple[float, float, float] | None = None,
         guide_scales: Sequence[float] | None = None,
+        scores: Literal["discriminant", "nnnu"] | None = None,
         gamma: float | None = None,
         control_weights: Literal["score", "equal"] | None = None,
         folds: Literal["cells", "guides"] | None = None,
@@ -83,7 +85,11 @@ class PerturbationLoopMixin(LoopResultsMixin):
             Weight of selected genes in round 0, its factor per round, and its bound [(100, 10, 10,000)].
         guide_scales
             Weight of the guide prior in the log-odds of the classifier rounds, the last one for all later rounds
-            [(0.5, 0)].
+            [(0.5,); published: (0.5, 0)].
+        scores
+            What scores cells: ``"discriminant"`` (recommended): a linear discriminant of labelled cells and controls, along
+            which labelled cells are a mixture of two normals (:func:`scvi_cradle.train.fit_discriminants`); ``"nnnu"``:
+            perceptrons with the non-negative negative-unlabeled risk, as published (section 4.2).
         gamma
             Power of the probability as weight of a cell in tests [1].
         control_weights
@@ -100,7 +106,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
             A category is kept if the mean of the upper half of its cells' scores is so much larger than that of its
             controls [0.15]. Scores are of expression alone.
         classifier
-            What differs from :class:`scvi_cradle.train.ClassifierSettings`, e.g. ``{"lr": 1e-3, "n_folds": 4}``.
+            What differs from :class:`scvi_cradle.train.ClassifierSettings`, e.g. ``{"lr": 1e-3, "n_folds": 4}``; of these
+            the discriminant uses ``n_folds``.
         progress
             Whether to show a bar. Default: while scvi-tools' verbosity shows messages.
         **train_kwargs
@@ -117,6 +124,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             max_steps=max_steps,
             feature_weights=feature_weights,
             guide_scales=guide_scales,
+            scores=scores,
             gamma=gamma,
             control_weights=control_weights,
             folds=folds,
@@ -127,7 +135,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             min_gap=min_gap,
             classifier=classifier,
         )
-        classifiers = ClassifierSettings(**chosen.classifier)
+        ClassifierSettings(**chosen.classifier)  # checks them before anything is trained
         self._validate_anndata(None)
         split = self._loop_split(split_key, seed)
         self._check_training_controls(split[0])
@@ -141,7 +149,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             while loop["round"] < chosen.n_outer:
                 with _forked_randomness(seed, loop["round"], self.module.device):
                     started = time.perf_counter()
-                    self._run_round(loop, screen, x, chosen, classifiers, split, seed, bar, train_kwargs)
+                    self._run_round(loop, screen, x, chosen, split, seed, bar, train_kwargs)
                 loop["history"][-1]["seconds"] = time.perf_counter() - started
                 loop["round"] += 1
                 if checkpoint_dir is not None:
@@ -158,7 +166,6 @@ class PerturbationLoopMixin(LoopResultsMixin):
         screen: Screen,
         x: sp.csr_matrix,
         chosen: LoopSettings,
-        classifiers: ClassifierSettings,
         split: list[np.ndarray],
         seed: int,
         bar: Any,
@@ -170,7 +177,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             loop |= _empty_scores(screen)
         else:
             bar.set_postfix_str("classifiers")
-            loop |= self._classify(screen, classifiers, chosen, seed + round_)
+            loop |= self._classify(screen, chosen, seed + round_)
         scale = chosen.guide_scale(round_)
         probability = sigmoid(loop["logit"] + scale * screen.prior)
         weigh_controls = round_ > 0 and chosen.control_weights == "score"
@@ -204,10 +211,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
             }
         )
 
-    def _classify(
-        self, screen: Screen, classifiers: ClassifierSettings, chosen: LoopSettings, seed: int
-    ) -> dict[str, Any]:
-        """Fit the classifiers of all categories that are large enough and screen them."""
+    def _classify(self, screen: Screen, chosen: LoopSettings, seed: int) -> dict[str, Any]:
+        """Fit the scores of all categories that are large enough and screen them."""
         scores = _empty_scores(screen)
         fitted = np.flatnonzero(screen.is_large_enough)
         if not len(fitted):
@@ -221,15 +226,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
                 screen.split(screen.guide),
             )
         )
-        fit = fit_classifiers(
-            z,
-            unlabeled,
-            negative,
-            screen.is_train,
-            classifiers,
-            groups=guides if chosen.folds == "guides" else None,
-            seed=seed,
-        )
+        groups = guides if chosen.folds == "guides" else None
+        fit = fit_scores(z, unlabeled, negative, screen.is_train, chosen, groups=groups, seed=seed)
         logit, control_logit = screen.split(scores["logit"]), screen.split(scores["control_logit"], controls=True)
         for i, c in enumerate(fitted):
             logit[c], control_logit[c] = fit.unlabeled_logits[i], fit.negative_logits[i]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from scvi_cradle._validation import check_positive, check_probability
 from scvi_cradle.data import non_targeting_counts
 from scvi_cradle.model._categories import Screen, gene_tests, sigmoid, top_half_gap
 from scvi_cradle.model._moved_cells import MovedCellsMixin
-from scvi_cradle.train import ClassifierSettings, fit_classifiers
+from scvi_cradle.model._scores import fit_scores
 
 NOMINAL = 0.05
 SETTINGS = ("score", "equal", "unweighted")
@@ -33,6 +33,7 @@ class NullMixin(MovedCellsMixin):
         n_cells: int | None = None,
         n_targets: int = 3,
         min_expressed: float = 0.05,
+        scores: Literal["discriminant", "nnnu"] | None = None,
         seed: int = 0,
         **loop_kwargs: Any,
     ) -> pd.DataFrame:
@@ -53,6 +54,8 @@ class NullMixin(MovedCellsMixin):
         min_expressed
             Genes expressed in a smaller share of the controls are left out of the shares of small p-values, since tests of
             sparse genes keep below the level.
+        scores
+            What scores cells, default: as in the loop.
         seed
             Seed of the draws.
         **loop_kwargs
@@ -77,20 +80,23 @@ class NullMixin(MovedCellsMixin):
         check_positive("n_runs", n_runs, integer=True)
         check_positive("n_targets", n_targets, integer=True)
         check_probability("min_expressed", min_expressed)
-        chosen = loop_settings("recommended", **loop["settings"])
+        chosen = loop_settings("recommended", **(loop["settings"] | ({} if scores is None else {"scores": scores})))
         controls = self._null_controls()
         n_fake = self._null_size(n_cells, len(controls), n_targets if whole_loop else 1)
         matrix = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY))[controls].astype(np.float64)
         common = matrix.getnnz(axis=0) >= min_expressed * len(controls)
         rng = np.random.default_rng(seed)
         if whole_loop:
-            runs = [self._null_loop(controls, n_fake, n_targets, rng, loop_kwargs) for _ in range(n_runs)]
+            runs = [
+                self._null_loop(controls, n_fake, n_targets, rng, {"scores": chosen.scores} | loop_kwargs)
+                for _ in range(n_runs)
+            ]
         else:
             runs = [self._null_classifiers(controls, n_fake, n_runs, chosen, rng)]
         rows = []
-        for run, (screen, scores) in enumerate(runs):
+        for run, (screen, found) in enumerate(runs):
             for setting in SETTINGS:
-                table = _null_table(matrix, screen, scores, common, chosen, setting)
+                table = _null_table(matrix, screen, found, common, chosen, setting)
                 rows.append(table.assign(run=np.arange(n_runs) if not whole_loop else run))
         return pd.concat(rows, ignore_index=True)
 
@@ -120,9 +126,7 @@ class NullMixin(MovedCellsMixin):
         is_train = np.isin(controls, self.train_indices_)
         fakes = [np.sort(rng.choice(len(controls), n_fake, replace=False)) for _ in range(n_runs)]
         others = [np.setdiff1d(np.arange(len(controls)), fake) for fake in fakes]
-        fit = fit_classifiers(
-            z, fakes, others, is_train, ClassifierSettings(**chosen.classifier), seed=int(rng.integers(2**31))
-        )
+        fit = fit_scores(z, fakes, others, is_train, chosen, seed=int(rng.integers(2**31)))
         screen = _null_screen(fakes, others, is_train)
         gaps = [
             top_half_gap(sigmoid(u), sigmoid(n)) for u, n in zip(fit.unlabeled_logits, fit.negative_logits, strict=True)

@@ -2,6 +2,7 @@
 
 from scvi_cradle.train._classifier_settings import ClassifierSettings
 from scvi_cradle.train._classifiers import ClassifierFit, fit_classifiers, score
+from scvi_cradle.train._discriminants import fit_discriminants
 from scvi_cradle.train._plan import (
     ALIGN_WARMUP,
     KL_WARMUP,
@@ -19,5 +20,6 @@ __all__ = [
     "PairedTrainingPlan",
     "PerturbationTrainingPlan",
     "fit_classifiers",
+    "fit_discriminants",
     "score",
 ]
