@@ -83,7 +83,18 @@ class ReconstructionMixin(TrainingMixin):
         self.diagnostics_ = {}
 
     def get_diagnostics(self, *, seed: int = 0) -> dict[str, float]:
-        """Not offered: there is no prior that latent variables could collapse to."""
+        """Not offered: there is no prior that latent variables could collapse to.
+
+        Parameters
+        ----------
+        seed
+            Not used.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
         msg = f"{type(self).__name__} has no variational posterior to diagnose: see `history` and `pl.quantile_qq`."
         raise NotImplementedError(msg)
 
