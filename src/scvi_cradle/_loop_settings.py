@@ -59,6 +59,8 @@ class LoopSettings:
         Power of the probability as weight of a cell in tests.
     control_weights
         Weights of controls in tests: ``"score"`` or ``"equal"``.
+    variance_floor
+        Whether tests of sparse genes take the variance of controls where that of perturbed cells is smaller.
     folds
         What out-of-fold scores leave out: ``"cells"`` or ``"guides"``.
     fdr_level, max_genes
@@ -78,6 +80,7 @@ class LoopSettings:
     scores: str = "discriminant"
     gamma: float = 1.0
     control_weights: str = "score"
+    variance_floor: bool = True
     folds: str = "cells"
     fdr_level: float = 0.05
     max_genes: int = 100
@@ -94,6 +97,7 @@ class LoopSettings:
             check_positive(name, getattr(self, name))
         check_positive("min_gap", self.min_gap, allow_zero=True)
         check_probability("fdr_level", self.fdr_level)
+        check_one_of("variance_floor", self.variance_floor, (True, False))
         check_one_of("scores", self.scores, ("discriminant", "nnnu"))
         check_one_of("control_weights", self.control_weights, ("score", "equal"))
         check_one_of("folds", self.folds, ("cells", "guides"))
@@ -134,6 +138,7 @@ LOOP: Mapping[str, LoopSettings] = MappingProxyType(
             guide_scales=(0.5, 0.0),
             scores="nnnu",
             control_weights="equal",
+            variance_floor=False,
             classifier={"lr": 1e-4, "patience": None},
         ),
     }

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from scvi_cradle import SAMSVAE, QuantileHurdleAE, datasets, pp, presets
 from scvi_cradle._loop_settings import LOOP, QUANTILE_LEVELS, LoopSettings, loop_settings
-from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid, top_half_gap
+from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*categories have fewer than 10 cells:UserWarning")]
 GUIDES = {"guide_counts_key": "guide_counts", "guide_targets": "guide_targets"}
@@ -119,12 +119,6 @@ def test_guide_counts_are_read_from_a_frame_an_array_or_a_modality(screen):
 
 
 # ---- pieces of a round ------------------------------------------------------------------------------------------------
-
-
-def test_screening_compares_top_halves():
-    assert top_half_gap(np.array([0.9, 0.8, 0.2, 0.1, 0.6]), np.array([0.3, 0.1, 0.2, 0.05])) == pytest.approx(
-        0.5166666667
-    )
 
 
 def test_schedules_and_the_published_preset():

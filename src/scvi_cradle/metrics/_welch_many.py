@@ -15,7 +15,9 @@ from scvi_cradle.metrics._welch import ROUNDING, UNUSABLE, Moments, Variance, co
 SUSPECT = 1e-3  # share of the sum of squares: below it, a difference of sums has lost digits and is taken again
 
 
-def welch_tests(x: Any, test: Any, reference: Any, *, variance: Variance = "reliability") -> dict[str, np.ndarray]:
+def welch_tests(
+    x: Any, test: Any, reference: Any, *, variance: Variance = "reliability", floor: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Test every gene in every category: :func:`scvi_cradle.metrics.weighted_welch` of each column of weights.
 
     Parameters
@@ -27,6 +29,10 @@ def welch_tests(x: Any, test: Any, reference: Any, *, variance: Variance = "reli
         arrays. A cell with weight 0 is not in the group.
     variance
         As in :func:`scvi_cradle.metrics.weighted_welch`.
+    floor
+        Where True, shape ``(n_categories, n_genes)``, the variance of the reference is taken if that of the test cells is
+        smaller. Test cells that happen not to express a sparse gene have no variance, and a p-value of nearly 0
+        without it.
 
     Returns
     -------
@@ -53,6 +59,8 @@ def welch_tests(x: Any, test: Any, reference: Any, *, variance: Variance = "reli
     a = _all_moments(x, squared, w, variance)
     first, of_category = _distinct(v)
     b = Moments(*(m[of_category] for m in _all_moments(x, squared, v[:, first], variance)))
+    if floor is not None:
+        a = a._replace(variance=np.where(floor, np.maximum(a.variance, b.variance), a.variance))
     return {**compare(a, b), "n_eff": a.n_eff.ravel()}
 
 

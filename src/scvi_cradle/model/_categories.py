@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_cradle._loop_settings import LoopSettings
+from scvi_cradle.metrics import kish_effective_size
 from scvi_cradle.metrics._welch_many import welch_tests
 
 MIN_CELLS = 10
+MIN_EXPRESSING = 50  # below so many expected cells that express a gene its variance has a lower bound
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,6 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
-def top_half_gap(unlabeled: np.ndarray, negative: np.ndarray) -> float:
-    """Return the mean of the larger half (rounded up) of scores of labelled cells less that of controls."""
-
-    def top(scores: np.ndarray) -> float:
-        return float(np.sort(scores)[::-1][: math.ceil(len(scores) / 2)].mean())
-
-    return top(unlabeled) - top(negative)
-
-
 def gene_tests(
     x: sp.csr_matrix,
     screen: Screen,
@@ -172,7 +164,7 @@ def gene_tests(
     control_score
         The same score of controls, ``(n_controls,)``, their weight; None: 1.
     settings
-        ``gamma``, ``fdr_level``, ``max_genes``.
+        ``gamma``, ``variance_floor``, ``fdr_level``, ``max_genes``.
 
     Returns
     -------
@@ -181,7 +173,9 @@ def gene_tests(
     ``(n_categories,)``.
     """
     controls = np.ones(len(screen.control_row)) if control_score is None else control_score**settings.gamma
-    out = welch_tests(x, screen.matrix(probability**settings.gamma), screen.matrix(controls, controls=True))
+    test, reference = screen.matrix(probability**settings.gamma), screen.matrix(controls, controls=True)
+    floor = _sparse_genes(x, screen, probability**settings.gamma) if settings.variance_floor else None
+    out = welch_tests(x, test, reference, floor=floor)
     pvalue, difference = out["pvalue"], np.abs(out["mean_difference"])
     padj = np.minimum(pvalue * x.shape[1], 1.0)
     significant = padj <= settings.fdr_level
@@ -197,6 +191,14 @@ def gene_tests(
         "significant": significant,
         "selected": significant & (rank < settings.max_genes),
     }
+
+
+def _sparse_genes(x: sp.csr_matrix, screen: Screen, weights: np.ndarray) -> np.ndarray:
+    """Return for which categories and genes few test cells would express a gene at the rate of controls."""
+    of_control = screen.matrix(np.ones(len(screen.control_row)), controls=True)
+    rate = (of_control.T @ (x > 0)).toarray() / np.maximum(np.asarray(of_control.sum(axis=0)).reshape(-1, 1), 1)
+    n_eff = [kish_effective_size(w) for w in screen.split(weights)]
+    return rate * np.reshape(n_eff, (-1, 1)) < MIN_EXPRESSING
 
 
 def sampling_weights(screen: Screen, n_significant: np.ndarray, settings: LoopSettings) -> np.ndarray:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from scvi_cradle._loop_settings import LoopSettings, loop_settings
 from scvi_cradle._matrix import to_csr
 from scvi_cradle.model._base import cells_hash
-from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid, top_half_gap
+from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
 from scvi_cradle.model._loop_results import LoopResultsMixin
 from scvi_cradle.model._scores import fit_scores
@@ -47,6 +47,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         scores: Literal["discriminant", "nnnu"] | None = None,
         gamma: float | None = None,
         control_weights: Literal["score", "equal"] | None = None,
+        variance_floor: bool | None = None,
         folds: Literal["cells", "guides"] | None = None,
         fdr_level: float | None = None,
         max_genes: int | None = None,
@@ -95,6 +96,10 @@ class PerturbationLoopMixin(LoopResultsMixin):
         control_weights
             Weights of controls in tests: ``"score"``: by the same classifier (recommended), which keeps p-values valid;
             ``"equal"``: as published, with too many small p-values.
+        variance_floor
+            Take the variance of controls in tests where that of perturbed cells is smaller, for genes that fewer than 50
+            of these would express at the rate of controls [True; published: False]: cells that happen not to express a
+            sparse gene have no variance, and give false positives.
         folds
             What out-of-fold scores leave out: ``"cells"`` [recommended], or ``"guides"``: the cells of a guide are scored by
             a model trained on other guides of the target.
@@ -104,7 +109,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             Sampling weight [10] of the cells of categories with at least so many significant genes [10].
         min_gap
             A category is kept if the mean of the upper half of its cells' scores is so much larger than that of its
-            controls [0.15]. Scores are of expression alone.
+            controls [0.15]. Scores are of expression alone (those of the discriminant at even odds).
         classifier
             What differs from :class:`scvi_cradle.train.ClassifierSettings`, e.g. ``{"lr": 1e-3, "n_folds": 4}``; of these
             the discriminant uses ``n_folds``.
@@ -127,6 +132,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             scores=scores,
             gamma=gamma,
             control_weights=control_weights,
+            variance_floor=variance_floor,
             folds=folds,
             fdr_level=fdr_level,
             max_genes=max_genes,
@@ -231,10 +237,9 @@ class PerturbationLoopMixin(LoopResultsMixin):
         logit, control_logit = screen.split(scores["logit"]), screen.split(scores["control_logit"], controls=True)
         for i, c in enumerate(fitted):
             logit[c], control_logit[c] = fit.unlabeled_logits[i], fit.negative_logits[i]
-            scores["gap"][c] = top_half_gap(sigmoid(logit[c]), sigmoid(control_logit[c]))
         scores["logit"] = np.concatenate(logit).astype(np.float64)
         scores["control_logit"] = np.concatenate(control_logit).astype(np.float64)
-        for name in ("prevalence", "calibrated", "control_score"):
+        for name in ("prevalence", "calibrated", "control_score", "gap"):
             scores[name][fitted] = getattr(fit, name)
         scores["kept"][fitted] = scores["gap"][fitted] >= chosen.min_gap
         return scores

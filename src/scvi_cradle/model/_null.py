@@ -14,7 +14,7 @@ from scvi_cradle._loop_settings import loop_settings
 from scvi_cradle._matrix import to_csr
 from scvi_cradle._validation import check_positive, check_probability
 from scvi_cradle.data import non_targeting_counts
-from scvi_cradle.model._categories import Screen, gene_tests, sigmoid, top_half_gap
+from scvi_cradle.model._categories import Screen, gene_tests, sigmoid
 from scvi_cradle.model._moved_cells import MovedCellsMixin
 from scvi_cradle.model._scores import fit_scores
 
@@ -128,15 +128,12 @@ class NullMixin(MovedCellsMixin):
         others = [np.setdiff1d(np.arange(len(controls)), fake) for fake in fakes]
         fit = fit_scores(z, fakes, others, is_train, chosen, seed=int(rng.integers(2**31)))
         screen = _null_screen(fakes, others, is_train)
-        gaps = [
-            top_half_gap(sigmoid(u), sigmoid(n)) for u, n in zip(fit.unlabeled_logits, fit.negative_logits, strict=True)
-        ]
         return screen, {
             "logit": np.concatenate(fit.unlabeled_logits).astype(np.float64),
             "control_logit": np.concatenate(fit.negative_logits).astype(np.float64),
             "prevalence": fit.prevalence,
-            "gap": np.array(gaps),
-            "kept": np.array(gaps) >= chosen.min_gap,
+            "gap": fit.gap,
+            "kept": fit.gap >= chosen.min_gap,
         }
 
     def _null_loop(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from scvi_cradle.train._classifier_heads import FittedHead, Head, blocks, train_block
 from scvi_cradle.train._classifier_settings import ClassifierSettings
@@ -31,6 +32,8 @@ class ClassifierFit:
     unlabeled_logits, negative_logits
         Logits of the cells of a category, in the order they were given: training cells by a head that trained without
         them, validation cells by the calibration model (with groups: all cells by a head without them).
+    gap
+        Mean of the upper halves of the scores of labelled cells less that of controls, which screens categories.
     heads
         Calibration models; ``None`` where nothing was fitted.
     """
@@ -41,7 +44,17 @@ class ClassifierFit:
     steps: np.ndarray
     unlabeled_logits: list[np.ndarray]
     negative_logits: list[np.ndarray]
+    gap: np.ndarray
     heads: list[FittedHead | None]
+
+
+def top_half_gap(unlabeled: np.ndarray, negative: np.ndarray) -> float:
+    """Return the mean of the larger half (rounded up) of scores of labelled cells less that of controls."""
+
+    def top(scores: np.ndarray) -> float:
+        return float(np.sort(scores)[::-1][: math.ceil(len(scores) / 2)].mean())
+
+    return top(unlabeled) - top(negative)
 
 
 def score(fit: ClassifierFit, category: int, z: np.ndarray) -> np.ndarray:
@@ -137,6 +150,7 @@ def fit_classifiers(
         np.zeros(n, dtype=np.int64),
         [np.full(len(u), _logit(nothing)) for u in unlabeled],
         [np.full(len(v), _logit(nothing)) for v in negative],
+        np.zeros(n),
         [models.get(k) for k in range(n)],
     )
     for k, head in models.items():
@@ -152,6 +166,8 @@ def fit_classifiers(
             (negative[k], folds[k].negative == fold, fit.negative_logits[k]),
         ):
             logits[of_fold] = head.logits(z[cells[of_fold]])
+    for k in usable:
+        fit.gap[k] = top_half_gap(expit(fit.unlabeled_logits[k]), expit(fit.negative_logits[k]))
     return fit
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import expit, log_expit, logit
 from sklearn.covariance import ledoit_wolf
 
-from scvi_cradle.train._classifiers import ClassifierFit
+from scvi_cradle.train._classifiers import ClassifierFit, top_half_gap
 
 MIN_CELLS = 4
 MAX_ITERATIONS, TOLERANCE = 1_000, 1e-7
@@ -53,7 +53,8 @@ def fit_discriminants(
     Returns
     -------
     A :class:`~scvi_cradle.train.ClassifierFit` without heads; ``prevalence`` is :math:`\pi` times the probability of an
-    effect, ``control_score`` the mean probability of controls. Categories with fewer than 4 cells of a kind have log-odds
+    effect, ``control_score`` the mean probability of controls, ``gap`` that of probabilities at even odds, which does not
+    depend on :math:`\pi`. Categories with fewer than 4 cells of a kind have log-odds
     of 1e-6 and are not ``calibrated``.
     """
     n = len(unlabeled)
@@ -64,6 +65,7 @@ def fit_discriminants(
         steps=np.zeros(n, dtype=np.int64),
         unlabeled_logits=[np.full(len(u), logit(LEAST)) for u in unlabeled],
         negative_logits=[np.full(len(v), logit(LEAST)) for v in negative],
+        gap=np.zeros(n),
         heads=[None] * n,
     )
     z = np.asarray(z, dtype=np.float64)
@@ -82,6 +84,8 @@ def fit_discriminants(
         fit.unlabeled_logits[k], fit.negative_logits[k] = (
             _weakened(logit(share) + mean * s - mean**2 / 2, effect) for s in (scores, of_controls)
         )
+        even = [_weakened(mean * s - mean**2 / 2, effect) for s in (scores, of_controls)]
+        fit.gap[k] = top_half_gap(*map(expit, even))
         fit.prevalence[k] = np.clip(share * expit(effect), LEAST, 1 - LEAST)
         fit.control_score[k] = expit(fit.negative_logits[k]).mean()
         fit.calibrated[k], fit.steps[k] = True, steps
