@@ -195,6 +195,21 @@ def test_cells_of_weight_zero_do_not_count_and_gamma_is_a_power():
     np.testing.assert_allclose(squared["pvalue"], direct["pvalue"])
 
 
+def test_sparse_genes_without_variance_are_not_significant():
+    rng = np.random.default_rng(0)
+    x, cells = small_screen()
+    sparse = (rng.random((60, 3)) < [0.0, 0.4, 0.0]) * 3.0
+    sparse[:30, 1] = 0.0  # no labelled cell expresses gene 1, 12 of 30 controls do
+    sparse[0, 0] = 3.0
+    published = gene_tests(sp.csr_matrix(sparse), cells, np.ones(30), None, LoopSettings(variance_floor=False))
+    bounded = gene_tests(sp.csr_matrix(sparse), cells, np.ones(30), None, LoopSettings())
+    assert published["padj"][0, 1] < 0.01
+    control = sparse[30:, 1]
+    expected = (control.mean() / np.sqrt(control.var(ddof=1) * (1 / 15 + 1 / 30)),)
+    np.testing.assert_allclose(-bounded["statistic"][:, 1], np.repeat(expected, 2))
+    assert (bounded["pvalue"] >= published["pvalue"]).all()
+
+
 # ---- the loop ---------------------------------------------------------------------------------------------------------
 
 
