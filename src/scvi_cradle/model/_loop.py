@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,12 +149,12 @@ class PerturbationLoopMixin(LoopResultsMixin):
         screen = self._make_screen(split)
         self._warn_small(screen)
         x = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)).astype(np.float64)
-        identity = {"settings": chosen.as_dict(), "seed": int(seed), "data": self._data_hash(x, split)}
+        identity = {"settings": chosen.as_dict(), "seed": int(seed), "data": self._data_hash(x, split, screen)}
         loop = self._resume(checkpoint_dir, identity, split)
         shown = settings.verbosity <= 20 if progress is None else progress
         with tqdm(total=chosen.n_outer, initial=loop["round"], desc="rounds", disable=not shown) as bar:
             while loop["round"] < chosen.n_outer:
-                with _forked_randomness(seed, loop["round"], self.module.device):
+                with _forked_randomness(seed, loop["round"], self.module.device), _quiet_trainer():
                     started = time.perf_counter()
                     self._run_round(loop, screen, x, chosen, split, seed, bar, train_kwargs)
                 loop["history"][-1]["seconds"] = time.perf_counter() - started
@@ -162,7 +163,6 @@ class PerturbationLoopMixin(LoopResultsMixin):
                     write_checkpoint(checkpoint_dir, identity, loop, self.module)
                 bar.update()
         self._set_tables(loop | identity)
-        self._cell_weights = None
 
     # ---- one round --------------------------------------------------------------------------------------------------
 
@@ -194,13 +194,16 @@ class PerturbationLoopMixin(LoopResultsMixin):
         loop["priority"] = np.maximum(loop["priority"], selected)
         loop["tests"] = tests
         n_significant = np.where(kept, tests["significant"].sum(1), 0)
-        self._cell_weights = sampling_weights(screen, n_significant, chosen)
         weight = chosen.feature_weight(round_)
         self.set_gene_weights(loop["priority"], weight)
         bar.set_postfix_str("autoencoder")
         arguments: dict[str, Any] = {"max_steps": chosen.max_steps, "datasplitter_kwargs": {"external_indexing": split}}
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "check_val_every_n_epoch": 10**6}
-        self.train(**(arguments | quiet | train_kwargs))
+        self._cell_weights = sampling_weights(screen, n_significant, chosen)
+        try:
+            self.train(**(arguments | quiet | train_kwargs))
+        finally:
+            self._cell_weights = None  # of this training alone
         loop["separation"].append(
             self.get_latent_separation(n_draws=20).reset_index().assign(round=round_).to_dict("list")
         )
@@ -211,7 +214,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
                 "n_new_genes": new,
                 "n_kept": int(kept.sum()),
                 "mean_prevalence": float(loop["prevalence"].mean()) if screen.n_categories else 0.0,
-                "mean_mmd": float(np.mean(loop["separation"][-1]["mmd"])),
+                "mean_mmd": float(np.mean(loop["separation"][-1]["mmd"] or [0.0])),
                 "guide_scale": scale,
                 "feature_weight": weight,
             }
@@ -265,13 +268,14 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self.module.eval()
         return content["loop"]
 
-    def _data_hash(self, x: sp.csr_matrix, split: Sequence[np.ndarray]) -> str:
+    def _data_hash(self, x: sp.csr_matrix, split: Sequence[np.ndarray], screen: Screen) -> str:
+        """Return a hash of cells, expression, split, categories and guides."""
         digest = hashlib.sha256(cells_hash(self.adata).encode())
-        digest.update(np.asarray(x.sum(axis=0)).tobytes())
-        for part in split:
-            digest.update(np.asarray(part, dtype=np.int64).tobytes())
-        labels = self._observed_labels(self.adata, np.arange(self.adata.n_obs))
-        digest.update("\t".join(np.asarray(labels).astype(str)).encode())
+        names = [f"{t}\t{c}" for t, c in zip(screen.target, screen.cell_type, strict=True)]
+        digest.update("\n".join(names).encode())
+        arrays = (x.sum(axis=0), x.sum(axis=1), *split, screen.row, screen.category, screen.control_row, screen.prior)
+        for values in (*arrays, screen.guide):
+            digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
 
@@ -289,6 +293,18 @@ def _empty_scores(screen: Screen) -> dict[str, Any]:
         "gap": np.zeros(n),
         "kept": np.zeros(n, dtype=bool),
     }
+
+
+@contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """Keep the trainer from announcing devices in every round."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
