@@ -228,10 +228,10 @@ def papalexi(options: argparse.Namespace) -> None:
 def null(options: argparse.Namespace) -> None:
     model = cradle.QuantileHurdleAE.load(options.model / "model", adata=register(options.data))
     arguments: dict[str, Any] = {"whole_loop": True, "max_steps": options.steps} if options.whole_loop else {}
-    arguments["scores"] = options.scores
+    arguments |= {"scores": options.scores, "variance_floor": not options.no_floor}
     start = time.perf_counter()
     table = model.get_null_calibration(options.runs, n_cells=options.n_cells, seed=0, **arguments)
-    table = table.assign(whole_loop=options.whole_loop, scores=options.scores)
+    table = table.assign(whole_loop=options.whole_loop, scores=options.scores, floor=not options.no_floor)
     append(options.out, table.to_dict("records"))
     print(f"{time.perf_counter() - start:.0f} s")
 
@@ -244,7 +244,7 @@ def table(path: Path) -> str:
     keys = {
         "evidence": ["efficiency", "evidence"],
         "output": ["model", "output"],
-        "weights": ["whole_loop", "scores", "weights"],
+        "weights": ["whole_loop", "scores", "floor", "weights"],
     }
     names = next((v for k, v in keys.items() if k in frame), None)
     if names is None:
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--n-cells", type=int, default=200)
     parser.add_argument("--scores", choices=["discriminant", "nnnu"], default="discriminant")
+    parser.add_argument("--no-floor", action="store_true", help="variances of sparse genes as they are, as published")
     parser.add_argument("--whole-loop", action="store_true")
     options = parser.parse_args()
     if options.study == "table":

@@ -479,5 +479,9 @@ def test_null_runs_call_controls_perturbed(fitted):
     assert table["share_below_005"].between(0, 1).all()
     whole = fitted.get_null_calibration(1, n_cells=20, n_targets=2, whole_loop=True, max_steps=3, n_outer=2)
     assert len(whole) == 2 * 3
+    published = fitted.get_null_calibration(2, n_cells=25, scores="nnnu", variance_floor=False)
+    assert published["prevalence"].between(0.05, 0.9).all()
+    with pytest.raises(TypeError, match="received 'max_stepz'"):
+        fitted.get_null_calibration(1, n_cells=25, max_stepz=3)
     with pytest.raises(ValueError, match="half of the controls"):
         fitted.get_null_calibration(1, n_cells=10_000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from scvi import REGISTRY_KEYS
 
 from scvi_cradle._loop_settings import loop_settings
 from scvi_cradle._matrix import to_csr
-from scvi_cradle._validation import check_positive, check_probability
+from scvi_cradle._validation import check_positive, check_probability, preview
 from scvi_cradle.data import non_targeting_counts
 from scvi_cradle.model._categories import Screen, gene_tests, sigmoid
 from scvi_cradle.model._moved_cells import MovedCellsMixin
@@ -33,7 +33,6 @@ class NullMixin(MovedCellsMixin):
         n_cells: int | None = None,
         n_targets: int = 3,
         min_expressed: float = 0.05,
-        scores: Literal["discriminant", "nnnu"] | None = None,
         seed: int = 0,
         **loop_kwargs: Any,
     ) -> pd.DataFrame:
@@ -54,12 +53,11 @@ class NullMixin(MovedCellsMixin):
         min_expressed
             Genes expressed in a smaller share of the controls are left out of the shares of small p-values, since tests of
             sparse genes keep below the level.
-        scores
-            What scores cells, default: as in the loop.
         seed
             Seed of the draws.
         **loop_kwargs
-            For ``whole_loop``: arguments of :meth:`fit_perturbation_loop` in place of those of this model's loop.
+            Arguments of :meth:`fit_perturbation_loop` in place of those of this model's loop, e.g. ``scores`` and
+            ``variance_floor``; with ``whole_loop`` also ``n_outer``, ``max_steps``, and what ``train`` takes.
 
         Returns
         -------
@@ -80,17 +78,18 @@ class NullMixin(MovedCellsMixin):
         check_positive("n_runs", n_runs, integer=True)
         check_positive("n_targets", n_targets, integer=True)
         check_probability("min_expressed", min_expressed)
-        chosen = loop_settings("recommended", **(loop["settings"] | ({} if scores is None else {"scores": scores})))
+        known = {k: v for k, v in loop_kwargs.items() if k in loop["settings"]}
+        if not whole_loop and len(known) < len(loop_kwargs):
+            msg = f"Without `whole_loop` only settings of scores and tests can be given; received {preview(set(loop_kwargs) - set(known))}: leave it out."
+            raise TypeError(msg)
+        chosen = loop_settings("recommended", **(loop["settings"] | known))
         controls = self._null_controls()
         n_fake = self._null_size(n_cells, len(controls), n_targets if whole_loop else 1)
         matrix = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY))[controls].astype(np.float64)
         common = matrix.getnnz(axis=0) >= min_expressed * len(controls)
         rng = np.random.default_rng(seed)
         if whole_loop:
-            runs = [
-                self._null_loop(controls, n_fake, n_targets, rng, {"scores": chosen.scores} | loop_kwargs)
-                for _ in range(n_runs)
-            ]
+            runs = [self._null_loop(controls, n_fake, n_targets, rng, loop_kwargs) for _ in range(n_runs)]
         else:
             runs = [self._null_classifiers(controls, n_fake, n_runs, chosen, rng)]
         rows = []
