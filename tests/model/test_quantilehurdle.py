@@ -121,6 +121,13 @@ def test_guide_counts_are_read_from_a_frame_an_array_or_a_modality(screen):
 # ---- pieces of a round ------------------------------------------------------------------------------------------------
 
 
+def test_fusion_in_log_odds():
+    assert sigmoid(np.array(1 + 0.5 * -5.0)) == pytest.approx(0.1824255238, abs=1e-10)
+    assert sigmoid(np.array(0 + 0.5 * 1.1503493804)) == pytest.approx(0.6399563485, abs=1e-10)
+    assert sigmoid(np.array(-5.0)) == pytest.approx(0.0066928509, abs=1e-10)
+    assert np.isfinite(sigmoid(np.array([-1e4, 1e4]))).all()
+
+
 def test_schedules_and_the_published_preset():
     recommended, published = LOOP["recommended"], LOOP["published"]
     assert [published.feature_weight(t) for t in range(5)] == [1e2, 1e3, 1e4, 1e4, 1e4]
