@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -101,12 +100,14 @@ class LoopSettings:
         check_one_of("scores", self.scores, ("discriminant", "nnnu"))
         check_one_of("control_weights", self.control_weights, ("score", "equal"))
         check_one_of("folds", self.folds, ("cells", "guides"))
-        weights = tuple(self.feature_weights)
-        if len(weights) != 3 or not all(isinstance(w, numbers.Real) and np.isfinite(w) and w >= 1 for w in weights):
+        weights = _as_tuple(self.feature_weights)
+        if len(weights) != 3 or not all(
+            isinstance(w, int | float | np.number) and np.isfinite(w) and w >= 1 for w in weights
+        ):
             msg = f"`feature_weights` must be three numbers from 1 on: the first weight, its factor per round, its bound; received {self.feature_weights!r}."
             raise ValueError(msg)
-        scales = tuple(self.guide_scales)
-        if not scales or not all(isinstance(s, numbers.Real) and np.isfinite(s) and s >= 0 for s in scales):
+        scales = _as_tuple(self.guide_scales)
+        if not scales or not all(isinstance(s, int | float | np.number) and np.isfinite(s) and s >= 0 for s in scales):
             msg = f"`guide_scales` must be non-negative numbers, one per classifier round; received {self.guide_scales!r}."
             raise ValueError(msg)
 
@@ -121,13 +122,20 @@ class LoopSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
-def _plain(value: Any) -> Any:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list | np.ndarray) else ()
+
+
+def plain(value: Any) -> Any:
+    """Return nested settings as plain values: dictionaries, lists, numbers and text."""
     if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list | np.ndarray):
+        return [plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 LOOP: Mapping[str, LoopSettings] = MappingProxyType(

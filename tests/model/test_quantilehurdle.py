@@ -282,7 +282,13 @@ def test_an_interrupted_loop_goes_on_to_the_same_results(fitted, screen, tmp_pat
         assert torch.equal(weight, again.module.state_dict()[name]), name
     np.testing.assert_array_equal(again.get_latent_representation(), fitted.get_latent_representation())
     with pytest.raises(ValueError, match="received other settings: name another folder"):
-        again.fit_perturbation_loop(**QUICK, gamma=2.0, checkpoint_dir=tmp_path)
+        again.fit_perturbation_loop(**QUICK, gamma=np.float64(2.0), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="`n_outer` must not be below"):
+        again.fit_perturbation_loop(**QUICK, n_outer=2, checkpoint_dir=tmp_path)
+    other = screen.copy()
+    QuantileHurdleAE.setup_anndata(other, **KEYS)
+    with pytest.raises(ValueError, match="received other architecture"):
+        QuantileHurdleAE(other, **TINY, latent_l2=0.1).fit_perturbation_loop(**QUICK, checkpoint_dir=tmp_path)
     other = screen.copy()
     other.obs["perturbation"] = other.obs["perturbation"].astype(str).replace({"G03": "G02"})
     with (
@@ -325,6 +331,67 @@ def test_the_split_is_stratified(screen):
     assert not len(rest)
     share = screen.obs["perturbation"].iloc[val].value_counts() / screen.obs["perturbation"].value_counts()
     assert share.between(0.15, 0.2).all()
+
+
+def test_splits_with_test_cells_and_without_validation_cells(screen):
+    adata = screen.copy()
+    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 4 == 0, "test", "train")
+    quick = QUICK | {"max_steps": 3, "n_outer": 2, "split_key": "split"}
+    model = build(adata)
+    model.fit_perturbation_loop(**quick)
+    unused = (adata.obs["split"] == "test") & (adata.obs["perturbation"] == "G01")
+    p = model.get_perturbation_probability()
+    np.testing.assert_array_equal(p.loc[unused, "G01"], 0.5)  # not 0, which would make them controls
+    cells = model._screen()
+    assert not np.isin(cells.row, np.flatnonzero(adata.obs["split"] == "test")).any()
+    for c in range(cells.n_categories):
+        assert cells.prior[cells.category == c].mean() == pytest.approx(0, abs=1e-9)
+    changed = adata.copy()
+    counts = changed.obsm["guide_counts"]
+    counts.loc[(changed.obs["split"] == "test").to_numpy()] = 1_000  # of no consequence
+    other = build(changed)._make_screen([model.train_indices_, model.validation_indices_])
+    np.testing.assert_array_equal(other.prior, cells.prior)
+    assert (model.separation_.shape[0], model.loop_history_["mean_mmd"].sum()) == (0, 0)
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str)  # what happens to the data later
+    adata.obs["split"] = "train"
+    pd.testing.assert_frame_equal(model.get_perturbation_probability(), p)
+    adata.obs["split"] = np.where(adata.obs["perturbation"] == "control", "train", "test")
+    with pytest.raises(ValueError, match="received only controls"):
+        build(adata).fit_perturbation_loop(**quick)
+
+
+def test_types_without_controls_give_no_nan(screen):
+    adata = screen.copy()
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    adata.obs["type"] = np.where((np.arange(adata.n_obs) % 3 == 0) & ~is_control, "b", "a")
+    model = build(adata, cell_type_key="type")
+    model.fit_perturbation_loop(**(QUICK | {"max_steps": 3}), n_outer=2)
+    assert np.isfinite(model.get_perturbation_effects().X).all()
+    assert np.isfinite(model.get_average_treatment_effects(n_particles=10).X).all()
+    assert model.get_perturbation_probability().notna().all(axis=None)
+    with pytest.raises(ValueError, match="`cell_type` must be one of 'a'"):
+        model.get_generated_expression("G01", n_samples=3, cell_type="b")
+
+
+def test_what_the_loop_sets_itself_is_refused(screen):
+    model = build(screen.copy())
+    with pytest.raises(TypeError, match="received 'datasplitter_kwargs', 'max_epochs'"):
+        model.fit_perturbation_loop(**QUICK, max_epochs=3, datasplitter_kwargs={"drop_last": True})
+    plain = screen.copy()
+    QuantileHurdleAE.setup_anndata(plain, perturbation_key="perturbation")
+    with pytest.raises(ValueError, match="needs guide counts"):
+        QuantileHurdleAE(plain, **TINY).fit_perturbation_loop(**QUICK, folds="guides")
+
+
+def test_a_backed_file_trains(screen, tmp_path):
+    dense = screen.copy()
+    dense.X = dense.X.toarray()
+    dense.write_h5ad(tmp_path / "screen.h5ad")
+    adata = sc.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    QuantileHurdleAE.setup_anndata(adata, perturbation_key="perturbation")
+    model = QuantileHurdleAE(adata, **TINY)
+    model.fit_perturbation_loop(**(QUICK | {"max_steps": 3}), n_outer=2)
+    assert model.get_perturbation_probability().shape == (600, 3)
 
 
 def test_small_categories_keep_the_guide_prior(screen):
@@ -371,21 +438,22 @@ def test_reconstructions(fitted, screen):
         fitted.get_reconstructed_expression(kind="mode")
 
 
-def test_moved_controls_come_to_the_perturbed_population(fitted):
+def test_moved_controls_come_to_the_perturbed_population(fitted, screen):
     effects = fitted.get_perturbation_effects()
     z, cells = fitted.get_latent_representation(), fitted._screen()
-    first = cells.category == 0
-    p = sigmoid(fitted.loop_["logit"] + 0.5 * cells.prior)[first]
-    centre = z[fitted._controls()[0]].mean(0)
-    np.testing.assert_allclose(
-        effects["G01"].X[0], np.average(z[cells.row[first]], axis=0, weights=p) - centre, atol=1e-5
-    )
-    state, draws, rng = fitted._latent_state(), np.linspace(0, 0.999, 40), np.random.default_rng(0)
-    pair, _, start = fitted._moved(state, "G01+G02", draws, "shift", None, rng)
+    alone = (screen.obs["perturbation"].to_numpy()[cells.row] == "G01") & (cells.category == 0)
+    assert alone.sum() < (cells.category == 0).sum()  # cells with G01+G02 do not shift G01
+    p = sigmoid(fitted.loop_["logit"] + 0.5 * cells.prior)[alone]
+    shift = np.average(z[cells.row[alone]], axis=0, weights=p) - z[fitted._controls()[0]].mean(0)
+    np.testing.assert_allclose(effects["G01"].X[0], shift, atol=1e-5)
+    draws, rng = np.linspace(0, 0.999, 40), np.random.default_rng(0)
+    pair, _, start = fitted._moved("G01+G02", draws, "shift", None, rng)
     np.testing.assert_allclose(pair - start, np.tile(effects[["G01", "G02"]].X.sum(0), (40, 1)), atol=1e-5)
-    moved, _, _ = fitted._moved(state, "G01", draws, "transport", None, rng)
-    assert {row.tobytes() for row in moved} <= {row.tobytes() for row in z[cells.row[first]]}
-    same, _, start = fitted._moved(state, "control", draws, "shift", None, rng)
+    moved, _, _ = fitted._moved("G01", draws, "transport", None, rng)
+    of_target = z[cells.row[alone]]
+    nearest = np.abs(moved[:, None] - of_target[None]).max(-1).min(1)
+    assert nearest.max() < 1e-5
+    same, _, start = fitted._moved("control", draws, "shift", None, rng)
     np.testing.assert_array_equal(same, start)
 
 
@@ -444,6 +512,10 @@ def test_saved_models_answer_alike(fitted, screen, tmp_path):
     pd.testing.assert_frame_equal(alone.screening_, fitted.screening_)
     with pytest.raises(RuntimeError, match="load it with `adata`"):
         alone.get_perturbation_probability()
+    np.testing.assert_array_equal(
+        alone.get_generated_expression("G01+G03", n_samples=5, seed=0).X,
+        fitted.get_generated_expression("G01+G03", n_samples=5, seed=0).X,
+    )
     query = screen[:20].copy()
     del query.obsm["guide_counts"]
     assert alone.get_latent_representation(query).shape == (20, 8)
@@ -466,9 +538,14 @@ def test_plain_training_with_weights_and_the_comparison_model(screen):
     assert state["state"][0]["step"] == 60
     model.train(max_steps=60, enable_progress_bar=False)
     assert model.module.optimizer_state["state"][0]["step"] == 120  # the optimiser goes on
+    weights = [w.detach().clone() for w in model.module.parameters()]
+    model.train(max_steps=2, lr=1e-12, enable_progress_bar=False)  # at the rate of this training
+    assert all(torch.allclose(w, v, atol=1e-6) for w, v in zip(weights, model.module.parameters(), strict=True))
     assert model.get_reconstruction_error()["reconstruction_loss"] < before
     with pytest.raises(ValueError, match="`kind` must be 'mean'"):
         model.get_reconstructed_expression(kind="sample")
+    with pytest.raises(ValueError, match="every gene once"):
+        model.set_gene_weights(pd.Series(0.0, index=[*adata.var_names[:-1], "other"]), 10.0)
     for bad in (np.full(50, 2.0), np.zeros(3)):
         with pytest.raises(ValueError, match="number from 0 to 1"):
             model.set_gene_weights(bad, 10.0)

@@ -8,7 +8,22 @@ import numpy as np
 from scvi import settings
 from scvi.data import AnnDataManager
 from scvi.dataloaders import DataSplitter
-from torch.utils.data import BatchSampler, DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
+
+
+class _Cells(Dataset):
+    """Batches of cells, of which a cell may be drawn more than once; every row is read once, in the order of the file."""
+
+    def __init__(self, manager: AnnDataManager, indices: np.ndarray) -> None:
+        self.data, self.indices = manager.create_torch_dataset(), np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, positions: list[int]) -> dict[str, Any]:
+        """Return the tensors of a batch."""
+        rows, inverse = np.unique(self.indices[positions], return_inverse=True)
+        return {key: values[inverse] for key, values in self.data[rows].items()}
 
 
 class WeightedSplitter(DataSplitter):
@@ -32,7 +47,7 @@ class WeightedSplitter(DataSplitter):
         """Return the loader of training cells."""
         if self.cell_weights is None:
             return super().train_dataloader()
-        data = Subset(self.adata_manager.create_torch_dataset(), self.train_idx)
+        data = _Cells(self.adata_manager, self.train_idx)
         options = {
             "num_workers": settings.dl_num_workers,
             "persistent_workers": settings.dl_persistent_workers,

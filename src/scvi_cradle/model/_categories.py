@@ -55,7 +55,7 @@ class Screen:
 
     @property
     def is_large_enough(self) -> np.ndarray:
-        """Whether a category has 10 cells, and 10 controls, for training, and some beside, ``(n_categories,)``."""
+        """Whether a category has 10 cells, and 10 controls, for training, ``(n_categories,)``."""
         sizes = [
             np.bincount(category[self.is_train[row]], minlength=self.n_categories)
             for row, category in ((self.row, self.category), (self.control_row, self.control_category))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +17,17 @@ import torch
 from scvi import REGISTRY_KEYS, settings
 from tqdm.auto import tqdm
 
+from scvi_cradle._constants import KEYS
 from scvi_cradle._loop_settings import LoopSettings, loop_settings
+from scvi_cradle._loop_settings import plain as _plain
 from scvi_cradle._matrix import to_csr
+from scvi_cradle._validation import preview
 from scvi_cradle.model._base import cells_hash
 from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
-from scvi_cradle.model._loop_results import LoopResultsMixin
+from scvi_cradle.model._loop_results import FREE_PREVALENCE, LoopResultsMixin
 from scvi_cradle.model._scores import fit_scores
 from scvi_cradle.train import ClassifierSettings
-
-VALIDATION_SHARE = 0.2
-FREE_PREVALENCE = 0.5  # of categories that are too small for a classifier
 
 
 class PerturbationLoopMixin(LoopResultsMixin):
@@ -79,7 +80,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
             Seed of all draws; no global state is changed.
         checkpoint_dir
             Folder in which the state is kept after every round. A call with the same settings and data goes on from there
-            (also for more rounds), with the same results as one that was never interrupted.
+            (also for more rounds), with the same results as one that was never interrupted; the training history starts
+            anew.
         split_key
             Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"``. Default: a fifth of the cells of every
             label and cell type is for validation.
@@ -117,7 +119,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
         progress
             Whether to show a bar. Default: while scvi-tools' verbosity shows messages.
         **train_kwargs
-            Further arguments of ``train`` for the autoencoder (``batch_size``, ``lr``, ``accelerator``, ...).
+            Further arguments of ``train`` for the autoencoder (``batch_size``, ``lr``, ``accelerator``, ...), which is not
+            validated in the loop.
 
         Raises
         ------
@@ -125,7 +128,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
             For a setting that cannot be, a split without training controls, or a checkpoint of other data or settings.
         """
         chosen = loop_settings(
-            preset or self._preset,
+            {"paper": "published"}.get(str(preset), preset) or self._preset,
             n_outer=n_outer,
             max_steps=max_steps,
             feature_weights=feature_weights,
@@ -147,14 +150,18 @@ class PerturbationLoopMixin(LoopResultsMixin):
         split = self._loop_split(split_key, seed)
         self._check_training_controls(split[0])
         screen = self._make_screen(split)
-        self._warn_small(screen)
+        self._check_loop(screen, chosen, train_kwargs)
         x = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)).astype(np.float64)
         identity = {"settings": chosen.as_dict(), "seed": int(seed), "data": self._data_hash(x, split, screen)}
-        loop = self._resume(checkpoint_dir, identity, split)
+        identity |= {
+            "architecture": _plain(self._architecture),
+            "training": {k: str(v) for k, v in train_kwargs.items()},
+        }
+        loop = self._resume(checkpoint_dir, identity, split, chosen.n_outer)
         shown = settings.verbosity <= 20 if progress is None else progress
         with tqdm(total=chosen.n_outer, initial=loop["round"], desc="rounds", disable=not shown) as bar:
             while loop["round"] < chosen.n_outer:
-                with _forked_randomness(seed, loop["round"], self.module.device), _quiet_trainer():
+                with _forked_randomness(seed, loop["round"]), _quiet_trainer():
                     started = time.perf_counter()
                     self._run_round(loop, screen, x, chosen, split, seed, bar, train_kwargs)
                 loop["history"][-1]["seconds"] = time.perf_counter() - started
@@ -162,7 +169,11 @@ class PerturbationLoopMixin(LoopResultsMixin):
                 if checkpoint_dir is not None:
                     write_checkpoint(checkpoint_dir, identity, loop, self.module)
                 bar.update()
-        self._set_tables(loop | identity)
+        kept = {f.name: getattr(screen, f.name) for f in fields(screen)}
+        names = {"target": loop["target"], "cell_type": loop["cell_type"]}
+        self._set_tables(loop | identity | {"screen": kept | names})
+        with _forked_randomness(seed, loop["round"]):  # loaders draw a seed
+            self._moves()
 
     # ---- one round --------------------------------------------------------------------------------------------------
 
@@ -180,7 +191,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         round_ = loop["round"]
         if round_ == 0:
             self._start_again()
-            loop |= _empty_scores(screen)
+            loop |= _empty_scores(screen) | {"kept": np.ones(screen.n_categories, dtype=bool)}
         else:
             bar.set_postfix_str("classifiers")
             loop |= self._classify(screen, chosen, seed + round_)
@@ -188,7 +199,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         probability = sigmoid(loop["logit"] + scale * screen.prior)
         weigh_controls = round_ > 0 and chosen.control_weights == "score"
         tests = gene_tests(x, screen, probability, sigmoid(loop["control_logit"]) if weigh_controls else None, chosen)
-        kept = loop["kept"] if round_ else np.ones(screen.n_categories, dtype=bool)
+        kept = loop["kept"]
         selected = (tests["selected"] & kept[:, None]).any(0)
         new = int((selected & (loop["priority"] == 0)).sum())
         loop["priority"] = np.maximum(loop["priority"], selected)
@@ -219,6 +230,27 @@ class PerturbationLoopMixin(LoopResultsMixin):
                 "feature_weight": weight,
             }
         )
+
+    def _check_loop(self, screen: Screen, chosen: LoopSettings, train_kwargs: dict[str, Any]) -> None:
+        """Raise for what the loop cannot run with, and warn of small categories, before anything is changed."""
+        ours = {
+            "max_epochs",
+            "early_stopping",
+            "train_size",
+            "validation_size",
+            "shuffle_set_split",
+            "datasplitter_kwargs",
+        }
+        if ours & set(train_kwargs):
+            msg = f"The loop sets the split and the number of steps by `split_key` and `max_steps`; received {preview(sorted(ours & set(train_kwargs)))}: leave it out."
+            raise TypeError(msg)
+        if not screen.n_categories:
+            msg = "At least one cell for training or validation must be perturbed; received only controls: mend the split."
+            raise ValueError(msg)
+        if chosen.folds == "guides" and KEYS.GUIDES not in self.registry_["field_registries"]:
+            msg = "folds='guides' needs guide counts; received data without: register `guide_counts_key`, or use folds='cells'."
+            raise ValueError(msg)
+        self._warn_small(screen)
 
     def _classify(self, screen: Screen, chosen: LoopSettings, seed: int) -> dict[str, Any]:
         """Fit the scores of all categories that are large enough and screen them."""
@@ -252,9 +284,14 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self.is_trained_ = False
         self._build()
 
-    def _resume(self, folder: str | Path | None, identity: dict[str, Any], split: list[np.ndarray]) -> dict[str, Any]:
+    def _resume(
+        self, folder: str | Path | None, identity: dict[str, Any], split: list[np.ndarray], n_outer: int
+    ) -> dict[str, Any]:
         """Return the state of the loop: a new one, or that of a checkpoint, of which the module is loaded, too."""
         content = None if folder is None else read_checkpoint(folder, identity, self.module.device)
+        if content is not None and content["loop"]["round"] > n_outer:
+            msg = f"`n_outer` must not be below the rounds of the checkpoint; received {n_outer}, and {content['loop']['round']} rounds in {str(folder)!r}: name another folder."
+            raise ValueError(msg)
         if content is None:
             return {"round": 0, "priority": np.zeros(len(self._genes)), "history": [], "separation": []}
         self._start_again()
@@ -265,13 +302,14 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self.history_: dict[str, Any] = {}
         self.diagnostics_ = {}
         self.train_indices_, self.validation_indices_, self.test_indices_ = split
+        self.moves_ = None
         self.module.eval()
         return content["loop"]
 
     def _data_hash(self, x: sp.csr_matrix, split: Sequence[np.ndarray], screen: Screen) -> str:
         """Return a hash of cells, expression, split, categories and guides."""
         digest = hashlib.sha256(cells_hash(self.adata).encode())
-        names = [f"{t}\t{c}" for t, c in zip(screen.target, screen.cell_type, strict=True)]
+        names = [*self._genes, *(f"{t}\t{c}" for t, c in zip(screen.target, screen.cell_type, strict=True))]
         digest.update("\n".join(names).encode())
         arrays = (x.sum(axis=0), x.sum(axis=1), *split, screen.row, screen.category, screen.control_row, screen.prior)
         for values in (*arrays, screen.guide):
@@ -308,8 +346,8 @@ def _quiet_trainer() -> Iterator[None]:
 
 
 @contextmanager
-def _forked_randomness(seed: int, round_: int, device: torch.device) -> Iterator[None]:
+def _forked_randomness(seed: int, round_: int) -> Iterator[None]:
     """Let torch's global generators start at a seed of the round, and put them back afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng():
         torch.manual_seed(int(np.random.SeedSequence([abs(int(seed)), round_]).generate_state(1)[0]))
         yield

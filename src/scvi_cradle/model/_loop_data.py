@@ -41,12 +41,12 @@ class LoopDataMixin(ReconstructionMixin):
         used[np.concatenate([split[0], split[1]])] = True
         labels, types = self._observed_labels(self.adata, np.arange(n)), self._cell_types(self.adata)
         treatments = self._table.treatments
-        prior, guide = self._guide_evidence(labels, types, treatments)
+        prior, guide = self._guide_evidence(labels, types, treatments, used)
         of_label = {str(label): self._rule.treatments(label) for label in labels.categories}
         return make_screen(labels, of_label, treatments, types, prior, guide, used, is_train)
 
     def _guide_evidence(
-        self, labels: pd.Categorical, types: np.ndarray, treatments: tuple[str, ...]
+        self, labels: pd.Categorical, types: np.ndarray, treatments: tuple[str, ...], used: np.ndarray
     ) -> tuple[pd.DataFrame | None, np.ndarray | None]:
         """Return the guide prior and the most abundant guide of every cell and treatment, None without guide counts."""
         fields = self.registry_["field_registries"]
@@ -54,14 +54,16 @@ class LoopDataMixin(ReconstructionMixin):
             return None, None
         note = fields[KEYS.GUIDES]["state_registry"]
         counts, targets = guide_counts(self.adata, note, self._state_data(REGISTRY_KEYS.X_KEY).get("mod_key"))
-        prior = guide_prior(
-            counts,
-            np.asarray(labels).astype(str),
+        of_used = guide_prior(
+            counts[used],
+            np.asarray(labels).astype(str)[used],
             targets,
-            cell_types=types,
+            cell_types=types[used],
             control=self._rule.control_name,
             sep=self._rule.sep,
         ).reindex(columns=list(treatments), fill_value=0.0)
+        prior = pd.DataFrame(0.0, index=np.arange(len(used)), columns=list(treatments))
+        prior.loc[used] = of_used.to_numpy()
         guide = np.zeros((counts.shape[0], len(treatments)), dtype=np.int64)
         dense, of_guide = counts.tocsc(), np.array(targets, dtype=object)
         for t, treatment in enumerate(treatments):
@@ -80,12 +82,21 @@ class LoopDataMixin(ReconstructionMixin):
             )
 
     def _screen(self) -> Screen:
-        """Return the categories of the cells that the model was trained on."""
-        return self._make_screen([self.train_indices_, self.validation_indices_])
+        """Return the categories as they were in the loop, or those of the cells that the model was trained on."""
+        kept = (getattr(self, "loop_", None) or {}).get("screen")
+        if kept is None:
+            return self._make_screen([self.train_indices_, self.validation_indices_])
+        names = {k: np.array(kept[k], dtype=object) for k in ("target", "cell_type")}
+        return Screen(**(kept | names))
 
     def _controls(self) -> tuple[np.ndarray, np.ndarray]:
         """Return positions and cell types of training and validation controls."""
-        used = np.sort(np.concatenate([self.train_indices_, self.validation_indices_]))
+        used = np.sort(np.concatenate([self.train_indices_, self.validation_indices_])).astype(np.int64)
         labels = np.asarray(self._observed_labels(self.adata, used)).astype(str)
         controls = used[labels == self._rule.control_name]
         return controls, self._cell_types(self.adata)[controls]
+
+    def _needs_training_data(self, what: str) -> None:
+        if not self._has_training_data():
+            msg = f"{what} need the training data; received a model without them: load it with `adata`."
+            raise RuntimeError(msg)

@@ -13,6 +13,8 @@ from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._categories import sigmoid
 from scvi_cradle.model._loop_data import LoopDataMixin
 
+FREE_PREVALENCE = 0.5  # of cells and categories without a classifier
+
 
 class LoopResultsMixin(LoopDataMixin):
     """Probabilities, genes, and tables of the loop."""
@@ -20,7 +22,7 @@ class LoopResultsMixin(LoopDataMixin):
     #: State of the loop: scores, tests, settings.
     loop_: dict[str, Any] | None
     #: Categories of the last round: ``target``, ``cell_type``, ``prevalence``, ``calibrated``, ``control_score`` (mean
-    #: probability of validation controls), ``gap``, ``kept``, ``n_significant`` genes.
+    #: probability of controls; of validation controls for ``scores="nnnu"``), ``gap``, ``kept``, ``n_significant`` genes.
     screening_: pd.DataFrame | None
     #: A row per round: genes selected, categories kept, mean prevalence and separation, weights, seconds.
     loop_history_: pd.DataFrame | None
@@ -66,7 +68,7 @@ class LoopResultsMixin(LoopDataMixin):
         Returns
         -------
         DataFrame of the model's cells x targets with cells, values in [0, 1]: 0 where the cell's label does not name the
-        target, always so for controls, and for cells of the split that the loop did not use. It can serve as
+        target, always so for controls; 0.5 for labelled cells of the split that the loop did not use. It can serve as
         ``perturbation_obsm_key`` of the other models.
 
         Raises
@@ -81,16 +83,15 @@ class LoopResultsMixin(LoopDataMixin):
         screen = self._screen()
         scale = {"loop": self._guide_scale(), "expression": 0.0, "guides": 1.0, "both": guide_scale}[evidence]
         logit = np.zeros_like(loop["logit"]) if evidence == "guides" else loop["logit"]
-        targets = sorted(set(screen.target))
+        labels = self._observed_labels(self.adata, np.arange(self.adata.n_obs))
+        members = [self._rule.treatments(label) for label in labels.categories]
+        targets = sorted({t for treatments in members for t in treatments})
+        values = np.array([[FREE_PREVALENCE * (t in treatments) for t in targets] for treatments in members])[
+            labels.codes
+        ]
         column = pd.Index(targets).get_indexer(screen.target)[screen.category]
-        values = np.zeros((self.adata.n_obs, len(targets)))
         values[screen.row, column] = sigmoid(logit + scale * screen.prior)
         return pd.DataFrame(values, index=self.adata.obs_names.copy(), columns=targets)
-
-    def _needs_training_data(self, what: str) -> None:
-        if not self._has_training_data():
-            msg = f"{what} need the training data; received a model without them: load it with `adata`."
-            raise RuntimeError(msg)
 
     def _set_tables(self, loop: dict[str, Any]) -> None:
         """Set ``loop_`` and the tables of it that are attributes."""
@@ -171,16 +172,18 @@ class LoopResultsMixin(LoopDataMixin):
         """
         self._trained_counts()
         self._needs_training_data("Separations")
-        cells = np.asarray(self.validation_indices_)
+        cells = np.asarray(self.validation_indices_, dtype=np.int64)
         labels, types = self._observed_labels(self.adata, cells), self._cell_types(self.adata)[cells]
-        z, control = self.get_latent_representation(indices=cells), self._rule.control_name
+        control = self._rule.control_name
+        z = self.get_latent_representation(indices=cells) if len(cells) else np.zeros((0, self.module.n_latent))
         tables = []
-        for name in np.unique(types):
+        for name in np.unique(types) if len(cells) else ():
             here = types == name
             of_type = np.asarray(labels)[here].astype(str)
             sizes = pd.Series(of_type).value_counts()
             enough = np.isin(of_type, sizes.index[sizes >= 2])
-            if sizes.get(control, 0) >= 2 and len(set(of_type[enough])) > 1:
+            distinct = len(np.unique(z[here][of_type == control], axis=0))
+            if distinct >= 2 and len(set(of_type[enough])) > 1:
                 table = metrics.latent_separation(
                     z[here][enough], of_type[enough], control=control, n_draws=n_draws, seed=seed
                 )

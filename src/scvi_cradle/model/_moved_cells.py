@@ -14,13 +14,17 @@ from scipy.spatial.distance import cdist
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY
 from scvi_cradle._validation import check_one_of, check_positive, preview
-from scvi_cradle.model._base import check_indices
+from scvi_cradle.model._base import check_indices, warn
 from scvi_cradle.model._draws import make_generator
 from scvi_cradle.model._loop import PerturbationLoopMixin
+
+MAX_CONTROLS = 10_000
 
 
 class MovedCellsMixin(PerturbationLoopMixin):
     """Generated cells, counterfactuals and effects."""
+
+    moves_: dict[str, Any] | None
 
     @torch.inference_mode()
     def get_generated_expression(
@@ -54,7 +58,8 @@ class MovedCellsMixin(PerturbationLoopMixin):
             ``"counts"``: draws on the scale of the data, with zeros; ``"mean"``: expected values.
         method
             ``"shift"``: every control moves by the difference of the means of perturbed cells and controls of its cell
-            type; a combination by the sum of those of its treatments. ``"transport"``: as many perturbed cells are drawn
+            type; a combination by the sum of those of its treatments, each from cells with that treatment alone where
+            there are any. ``"transport"``: as many perturbed cells are drawn
             by their probability, and every control moves to the one that optimal transport of least squared distance
             assigns to it (:func:`scipy.optimize.linear_sum_assignment`).
         cell_type
@@ -75,16 +80,16 @@ class MovedCellsMixin(PerturbationLoopMixin):
         NotImplementedError
             For an artifact, a library size, a batch, a scale of counts, or ``"transport"`` of a combination.
         """
-        labels = self._requested_labels(perturbations)
+        check_one_of("method", method, ("shift", "transport"))
         self._check_request(artifact=artifact, library_size=library_size, output=output, batch=batch)
         check_positive("n_samples", n_samples, integer=True)
-        check_one_of("method", method, ("shift", "transport"))
+        labels = self._movable(perturbations, method)
         generator = make_generator(seed, self.module.device)
         rng = np.random.default_rng(generator.initial_seed())
-        state, draws = self._latent_state(), rng.random(n_samples)
+        draws = rng.random(n_samples)
         blocks, cell_types = [], []
         for label in labels:
-            moved, types, _ = self._moved(state, label, draws, method, cell_type, rng)
+            moved, types, _ = self._moved(label, draws, method, cell_type, rng)
             blocks.append(self._decode(moved, output, generator, batch_size))
             cell_types.append(types)
         obs = self._generated_obs(labels, n_samples, artifact=False)
@@ -98,6 +103,9 @@ class MovedCellsMixin(PerturbationLoopMixin):
             msg = f"{type(self).__name__} models normalised values without library size or batch; received library_size={library_size!r}, batch={batch!r}: leave them out."
             raise NotImplementedError(msg)
         self._check_output(output)
+        if self.module.reconstruction == "mse" and output != "mean":
+            msg = f"An autoencoder with reconstruction='mse' predicts means alone; received output={output!r}: pass output='mean'."
+            raise NotImplementedError(msg)
 
     def _decode(self, z: np.ndarray, output: str, generator: torch.Generator, batch_size: int | None) -> np.ndarray:
         kind = "mean" if output == "mean" else "sample"
@@ -105,79 +113,108 @@ class MovedCellsMixin(PerturbationLoopMixin):
         parts = [self.module.reconstruct(part, kind, generator) for part in tensor.split(batch_size or 512)]
         return torch.cat(parts).cpu().numpy()
 
-    def _latent_state(self) -> dict[str, Any]:
-        """Return what moves latents: controls and perturbed cells of every category with their weights.
+    def _moves(self) -> dict[str, Any]:
+        """Return what moves latents, kept with the model: at most 10,000 controls, and the shift of every category.
 
         Raises
         ------
         RuntimeError
-            If the model was loaded without its training data.
+            If the model is without its training data, and has not been asked before.
         """
-        if not self._has_training_data():
-            msg = "Moving cells needs the training data; received a model without them: load it with `adata`."
-            raise RuntimeError(msg)
-        screen, weights = self._screen(), self._cell_probability()
-        z = self.get_latent_representation()
-        return {"screen": screen, "weights": weights, "z": z}
+        if self.moves_ is None:
+            self._needs_training_data("Moved cells")
+            screen, z = self._screen(), self.get_latent_representation()
+            controls, types = self._controls()
+            chosen = np.arange(len(controls))
+            if len(chosen) > MAX_CONTROLS:
+                chosen = np.sort(np.random.default_rng(0).choice(len(controls), MAX_CONTROLS, replace=False))
+            centres = {name: z[controls[types == name]].mean(0) for name in np.unique(types)}
+            cells = [self._perturbed(screen, c) for c in range(screen.n_categories)]
+            found = [c for c in range(screen.n_categories) if screen.cell_type[c] in centres]
+            self.moves_ = {
+                "control_z": z[controls[chosen]],
+                "control_type": [str(t) for t in types[chosen]],
+                "category": [(str(screen.target[c]), str(screen.cell_type[c])) for c in found],
+                "n_cells": [len(cells[c][0]) for c in found],
+                "shift": [
+                    (np.average(z[cells[c][0]], axis=0, weights=cells[c][1]) - centres[screen.cell_type[c]]).astype(
+                        z.dtype
+                    )
+                    for c in found
+                ],
+            }
+        return self.moves_
+
+    def _perturbed(self, screen: Any, category: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return positions and weights of the cells of a category: those with its target alone, if there are any."""
+        rows, here = screen.row, screen.category == category
+        alone = np.asarray(self._observed_labels(self.adata, rows)).astype(str) == screen.target[category]
+        here = here & alone if (here & alone).any() else here
+        return rows[here], self._cell_probability()[here]
+
+    def _shifts(self) -> dict[tuple[str, str], np.ndarray]:
+        """Return the shift of every target in every cell type that has controls."""
+        moves = self._moves()
+        return dict(zip(map(tuple, moves["category"]), moves["shift"], strict=True))
 
     def _moved(
-        self,
-        state: dict[str, Any],
-        label: str,
-        draws: np.ndarray,
-        method: str,
-        cell_type: str | None,
-        rng: np.random.Generator,
+        self, label: str, draws: np.ndarray, method: str, cell_type: str | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return latents of controls that were moved to a label, their cell types, and where they came from."""
-        screen, z, treatments = state["screen"], state["z"], self._rule.treatments(label)
-        controls, types = self._controls()
-        allowed = np.isin(types, self._types_of(screen, treatments, cell_type))
-        if not allowed.any():
+        treatments, moves, shifts = self._rule.treatments(label), self._moves(), self._shifts()
+        types = np.array(moves["control_type"], dtype=object)
+        allowed = np.flatnonzero(np.isin(types, self._types_of(treatments, cell_type)))
+        if not len(allowed):
             msg = f"A label must have cells of every treatment in a cell type with controls; received {label!r}{'' if cell_type is None else f' in {cell_type!r}'}, which has none."
             raise ValueError(msg)
         if method == "transport" and len(treatments) > 1:
-            msg = f"Optimal transport needs cells of the label itself; received the combination {label!r}: use method='shift'."
+            msg = f"Optimal transport is offered for single treatments; received the combination {label!r}: use method='shift'."
             raise NotImplementedError(msg)
-        chosen = np.flatnonzero(allowed)[(draws * allowed.sum()).astype(np.int64)]
-        start, of_type = z[controls[chosen]], types[chosen]
-        if not treatments:
-            return start, of_type, start
+        chosen = allowed[(draws * len(allowed)).astype(np.int64)]
+        start, of_type = moves["control_z"][chosen], types[chosen]
         moved = start.copy()
         for name in np.unique(of_type):
-            here = of_type == name
-            for treatment in treatments:
-                cells, weights = self._perturbed(state, treatment, name)
-                if method == "shift":
-                    moved[here] += self._shift(state, treatment, name)
-                else:
-                    targets = z[rng.choice(cells, here.sum(), p=weights / weights.sum())]
-                    rows, columns = linear_sum_assignment(cdist(start[here], targets, "sqeuclidean"))
-                    moved[np.flatnonzero(here)[rows]] = targets[columns]
+            here = np.flatnonzero(of_type == name)
+            if method == "transport" and treatments:
+                targets = self._drawn(treatments[0], name, len(here), rng)
+                rows, columns = linear_sum_assignment(cdist(start[here], targets, "sqeuclidean"))
+                moved[here[rows]] = targets[columns]
+            else:
+                for treatment in treatments:
+                    moved[here] += shifts[treatment, name]
         return moved, of_type, start
 
-    def _types_of(self, screen: Any, treatments: tuple[str, ...], cell_type: str | None) -> list[str]:
-        """Return the cell types in which all treatments occur."""
-        every = sorted(set(screen.cell_type))
-        if cell_type is not None:
-            check_one_of("cell_type", cell_type, every)
-            every = [cell_type]
-        found = set(zip(screen.target, screen.cell_type, strict=True))
-        return [name for name in every if all((t, name) in found for t in treatments)]
-
-    @staticmethod
-    def _perturbed(state: dict[str, Any], treatment: str, cell_type: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return positions and weights of the cells of a category."""
-        screen = state["screen"]
+    def _drawn(self, treatment: str, cell_type: str, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw latents of the cells of a category by their probability."""
+        self._needs_training_data("Optimal transport")
+        screen = self._screen()
         (category,) = np.flatnonzero((screen.target == treatment) & (screen.cell_type == cell_type))
-        here = screen.category == category
-        return screen.row[here], state["weights"][here]
+        cells, weights = self._perturbed(screen, int(category))
+        return self.get_latent_representation(indices=rng.choice(cells, n, p=weights / weights.sum()))
 
-    def _shift(self, state: dict[str, Any], treatment: str, cell_type: str) -> np.ndarray:
-        cells, weights = self._perturbed(state, treatment, cell_type)
-        controls, types = self._controls()
-        centre = state["z"][controls[types == cell_type]].mean(0)
-        return np.average(state["z"][cells], axis=0, weights=weights) - centre
+    def _types_of(self, treatments: tuple[str, ...], cell_type: str | None = None) -> list[str]:
+        """Return the cell types with controls in which all treatments occur."""
+        every, shifts = sorted(set(self._moves()["control_type"])), self._shifts()
+        if cell_type is not None:
+            check_one_of("cell_type", str(cell_type), every)
+            every = [str(cell_type)]
+        return [name for name in every if all((t, name) in shifts for t in treatments)]
+
+    def _movable(self, perturbations: Any, method: str = "shift") -> list[str]:
+        """Return the labels of a request; of all labels those that can be answered, with a warning of the others."""
+        labels = self._requested_labels(perturbations)
+        if perturbations is not None:
+            return labels
+        of_label = {label: self._rule.treatments(label) for label in labels}
+        possible = [
+            label
+            for label in labels
+            if self._types_of(of_label[label]) and (method == "shift" or len(of_label[label]) < 2)
+        ]
+        if len(possible) < len(labels):
+            left_out = [label for label in labels if label not in possible]
+            warn(f"Left out, as they cannot be generated with method={method!r}: {preview(left_out)}.")
+        return possible
 
     @torch.inference_mode()
     def get_counterfactual_expression(
@@ -197,7 +234,7 @@ class MovedCellsMixin(PerturbationLoopMixin):
         Parameters
         ----------
         adata, indices
-            Control cells, or any cells for ``perturbation=None``. Default: the model's own.
+            Control cells, or any cells for ``perturbation=None``. Default: the model's own cells, perturbed ones included.
         perturbation
             One label for all cells or one per cell. None: every cell keeps its own, which is its reconstruction.
         artifact, library_size
@@ -230,16 +267,14 @@ class MovedCellsMixin(PerturbationLoopMixin):
             if perturbed:
                 msg = f"Only control cells can be moved to another perturbation, since what the perturbation of a cell did to it is not known; received cells with {preview(perturbed)}: pass controls."
                 raise ValueError(msg)
-            state, types = self._latent_state(), self._cell_types(data)[positions]
-            shifts: dict[tuple[str, str], np.ndarray] = {}
+            shifts, types = self._shifts(), self._cell_types(data)[positions]
             for i, (label, cell_type) in enumerate(zip(targets, types, strict=True)):
                 treatments = self._rule.treatments(label)
-                if not self._types_of(state["screen"], treatments, cell_type):
-                    msg = f"Every treatment must have cells of the cell's type; received {label!r} for a cell of {cell_type!r}."
+                lacking = [t for t in treatments if (t, cell_type) not in shifts]
+                if lacking:
+                    msg = f"Every treatment must have cells, and controls, of the cell's type; received {label!r} for a cell of {cell_type!r}, where {preview(lacking)} has none."
                     raise ValueError(msg)
                 for treatment in treatments:
-                    if (treatment, cell_type) not in shifts:
-                        shifts[treatment, cell_type] = self._shift(state, treatment, cell_type)
                     z[i] += shifts[treatment, cell_type]
         x = self._decode(z, output, make_generator(seed, self.module.device), batch_size)
         return self._values(x, self._counterfactual_obs(data, positions, targets, artifact=False))
@@ -291,15 +326,18 @@ class MovedCellsMixin(PerturbationLoopMixin):
             msg = f"{type(self).__name__} compares expected values of the same controls; received share_basal={share_basal}, expectation={expectation!r}: leave them out."
             raise NotImplementedError(msg)
         control = self._rule.control_name
-        labels = [x for x in self._requested_labels(perturbations) if perturbations is not None or x != control]
         self._check_request(artifact=False, library_size=library_size, output="mean", batch=None)
+        labels = [x for x in self._movable(perturbations) if perturbations is not None or x != control]
+        if not labels:
+            msg = f"Effects are those of perturbations with training cells; received a model that was trained on {control!r} alone: name perturbations."
+            raise ValueError(msg)
         check_positive("n_particles", n_particles, integer=True)
         generator = make_generator(seed, self.module.device)
         rng = np.random.default_rng(generator.initial_seed())
-        state, draws = self._latent_state(), rng.random(n_particles)
+        draws = rng.random(n_particles)
         means, stds = [], []
         for label in labels:
-            moved, _, start = self._moved(state, label, draws, "shift", None, rng)
+            moved, _, start = self._moved(label, draws, "shift", None, rng)
             difference = self._decode(moved, "mean", generator, None) - self._decode(start, "mean", generator, None)
             means.append(difference.mean(0))
             stds.append(difference.std(0))
@@ -310,19 +348,18 @@ class MovedCellsMixin(PerturbationLoopMixin):
         return effects
 
     def get_perturbation_effects(self) -> AnnData:
-        """Return the shift of every treatment in the latent space, averaged over cell types by their cells.
+        """Return the shift of every treatment in the latent space, averaged over cell types with controls by their cells.
 
         Returns
         -------
         AnnData of treatments x latent dimensions.
         """
-        state = self._latent_state()
-        screen = state["screen"]
-        targets = sorted(set(screen.target))
+        moves = self._moves()
+        targets = sorted({target for target, _ in moves["category"]})
         shifts = np.zeros((len(targets), self.module.n_latent), dtype=np.float32)
         for i, target in enumerate(targets):
-            types = screen.cell_type[screen.target == target]
-            sizes = [len(self._perturbed(state, target, name)[0]) for name in types]
-            shifts[i] = np.average([self._shift(state, target, name) for name in types], axis=0, weights=sizes)
+            here = [c for c, (name, _) in enumerate(moves["category"]) if name == target]
+            sizes = [moves["n_cells"][c] for c in here]
+            shifts[i] = np.average([moves["shift"][c] for c in here], axis=0, weights=sizes)
         var = pd.DataFrame(index=[f"latent_{i}" for i in range(shifts.shape[1])])
         return AnnData(shifts, obs=pd.DataFrame(index=pd.Index(targets, dtype=str)), var=var)

@@ -17,6 +17,7 @@ from scvi_cradle.data import non_targeting_counts
 from scvi_cradle.model._categories import Screen, gene_tests, sigmoid
 from scvi_cradle.model._moved_cells import MovedCellsMixin
 from scvi_cradle.model._scores import fit_scores
+from scvi_cradle.pp import rank_to_z
 
 NOMINAL = 0.05
 SETTINGS = ("score", "equal", "unweighted")
@@ -36,7 +37,9 @@ class NullMixin(MovedCellsMixin):
         seed: int = 0,
         **loop_kwargs: Any,
     ) -> pd.DataFrame:
-        """Measure false positives: control cells are called perturbed, and tested as perturbed cells are.
+        """Measure false positives: control cells are called perturbed, and tested as perturbed cells are in the last round.
+
+        Where guides without a target were counted, their counts serve as guide counts of the fake targets.
 
         Parameters
         ----------
@@ -78,6 +81,12 @@ class NullMixin(MovedCellsMixin):
         check_positive("n_runs", n_runs, integer=True)
         check_positive("n_targets", n_targets, integer=True)
         check_probability("min_expressed", min_expressed)
+        taken = {"checkpoint_dir", "split_key"} & set(loop_kwargs)
+        if taken:
+            msg = (
+                f"Null runs have splits and checkpoints of their own; received {preview(sorted(taken))}: leave it out."
+            )
+            raise TypeError(msg)
         known = {k: v for k, v in loop_kwargs.items() if k in loop["settings"]}
         if not whole_loop and len(known) < len(loop_kwargs):
             msg = f"Without `whole_loop` only settings of scores and tests can be given; received {preview(set(loop_kwargs) - set(known))}: leave it out."
@@ -126,7 +135,10 @@ class NullMixin(MovedCellsMixin):
         fakes = [np.sort(rng.choice(len(controls), n_fake, replace=False)) for _ in range(n_runs)]
         others = [np.setdiff1d(np.arange(len(controls)), fake) for fake in fakes]
         fit = fit_scores(z, fakes, others, is_train, chosen, seed=int(rng.integers(2**31)))
-        screen = _null_screen(fakes, others, is_train)
+        abundance, prior = non_targeting_counts(self.adata, self.registry_), np.zeros(n_fake * n_runs)
+        if abundance is not None:
+            prior = np.concatenate([rank_to_z(abundance[controls[fake]]) for fake in fakes])
+        screen = _null_screen(fakes, others, is_train, prior)
         return screen, {
             "logit": np.concatenate(fit.unlabeled_logits).astype(np.float64),
             "control_logit": np.concatenate(fit.negative_logits).astype(np.float64),
@@ -159,7 +171,7 @@ class NullMixin(MovedCellsMixin):
         return model._screen(), {k: loop[k] for k in ("logit", "control_logit", "prevalence", "gap", "kept")}
 
 
-def _null_screen(fakes: list[np.ndarray], others: list[np.ndarray], is_train: np.ndarray) -> Screen:
+def _null_screen(fakes: list[np.ndarray], others: list[np.ndarray], is_train: np.ndarray, prior: np.ndarray) -> Screen:
     n = len(fakes)
     names = np.array([f"null{i + 1}" for i in range(n)], dtype=object)
     row, control_row = np.concatenate(fakes), np.concatenate(others)
@@ -168,7 +180,7 @@ def _null_screen(fakes: list[np.ndarray], others: list[np.ndarray], is_train: np
         cell_type=np.full(n, "all", dtype=object),
         row=row,
         category=np.repeat(np.arange(n), [len(f) for f in fakes]),
-        prior=np.zeros(len(row)),
+        prior=prior,
         guide=np.zeros(len(row), dtype=np.int64),
         control_row=control_row,
         control_category=np.repeat(np.arange(n), [len(o) for o in others]),
@@ -180,7 +192,8 @@ def _null_table(
     x: sp.csr_matrix, screen: Screen, scores: dict[str, np.ndarray], common: np.ndarray, chosen: Any, setting: str
 ) -> pd.DataFrame:
     weighted = setting != "unweighted"
-    probability = sigmoid(scores["logit"]) if weighted else np.ones(len(screen.row))
+    scale = chosen.guide_scale(max(chosen.n_outer - 1, 1))  # of the last round
+    probability = sigmoid(scores["logit"] + scale * screen.prior) if weighted else np.ones(len(screen.row))
     tests = gene_tests(x, screen, probability, sigmoid(scores["control_logit"]) if setting == "score" else None, chosen)
     return pd.DataFrame(
         {

@@ -120,6 +120,7 @@ class QuantileHurdleAE(SetupMixin, NullMixin):
         settings["quantile_rank"] = rank or None
         self._build_module(**settings)
         self.module.optimizer_state = None
+        self.moves_ = None
         self.loop_ = self.screening_ = self.loop_history_ = self.separation_ = None
 
 

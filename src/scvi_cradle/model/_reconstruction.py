@@ -13,7 +13,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle._constants import CONTROL_UNS_KEY, KEYS
-from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle._validation import check_one_of, check_positive, preview
 from scvi_cradle.data import TrainingStatistics, WeightedSplitter, empirical_quantiles, expression_of
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._draws import make_generator
@@ -30,7 +30,7 @@ class ReconstructionMixin(TrainingMixin):
     _data_splitter_cls = WeightedSplitter
     _training_plan_cls = ContinuedTrainingPlan
     _cell_weights: np.ndarray | None = None
-    shifts_: dict[str, Any] | None
+    moves_: dict[str, Any] | None
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -50,7 +50,11 @@ class ReconstructionMixin(TrainingMixin):
             For a priority outside [0, 1], another number of genes, or a weight below 1.
         """
         if isinstance(priorities, pd.Series):
-            priorities = priorities.reindex(self._genes)
+            given = priorities.index.astype(str)
+            if not given.is_unique or set(given) != set(self._genes):
+                msg = f"A Series of priorities must have every gene once; received {preview(sorted(set(given) ^ set(self._genes))) or 'doubled names'} too many or missing: reindex it with `model.get_var_names()`."
+                raise ValueError(msg)
+            priorities = priorities.set_axis(given).loc[self._genes]
         values = np.asarray(priorities, dtype=np.float64)
         if values.shape != (len(self._genes),) or not ((values >= 0) & (values <= 1)).all():
             msg = f"`priorities` must hold a number from 0 to 1 for each of {len(self._genes)} genes; received shape {values.shape}, values from {values.min(initial=np.inf):.3g} to {values.max(initial=-np.inf):.3g}."
@@ -80,7 +84,7 @@ class ReconstructionMixin(TrainingMixin):
 
     def _diagnose(self) -> None:
         """Nothing is sampled in training, so that nothing can collapse to a prior."""
-        self.diagnostics_ = {}
+        self.diagnostics_, self.moves_ = {}, None
 
     def get_diagnostics(self, *, seed: int = 0) -> dict[str, float]:
         """Not offered: there is no prior that latent variables could collapse to.

@@ -60,6 +60,9 @@ def top_half_gap(unlabeled: np.ndarray, negative: np.ndarray) -> float:
 def score(fit: ClassifierFit, category: int, z: np.ndarray) -> np.ndarray:
     """Return the logits of cells ``z``, shape ``(n_cells, d)``, under a category's calibration model."""
     head = fit.heads[category]
+    if head is None and fit.calibrated[category]:
+        msg = "Cells can be scored by classifiers of `fit_classifiers`; received a discriminant, which is found anew for every fold."
+        raise NotImplementedError(msg)
     if head is None:
         return np.full(len(z), _logit(float(fit.prevalence[category])))
     return head.logits(z)

@@ -55,7 +55,7 @@ def fit_discriminants(
     A :class:`~scvi_cradle.train.ClassifierFit` without heads; ``prevalence`` is :math:`\pi` times the probability of an
     effect, ``control_score`` the mean probability of controls, ``gap`` that of probabilities at even odds, which does not
     depend on :math:`\pi`. Categories with fewer than 4 cells of a kind have log-odds
-    of 1e-6 and are not ``calibrated``.
+    of a probability of 1e-6 and are not ``calibrated``.
     """
     n = len(unlabeled)
     fit = ClassifierFit(

@@ -140,7 +140,8 @@ class ContinuedTrainingPlan(PerturbationTrainingPlan):
         """Return the optimiser in the state in which the last training left it."""
         configured = super().configure_optimizers()
         if self.module.optimizer_state is not None:
-            configured["optimizer"].load_state_dict(self.module.optimizer_state)
+            now = configured["optimizer"].state_dict()  # learning rate and decay are those of this training
+            configured["optimizer"].load_state_dict(now | {"state": self.module.optimizer_state["state"]})
         return configured
 
     def on_train_end(self) -> None:
