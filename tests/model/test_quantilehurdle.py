@@ -9,11 +9,12 @@ import scanpy as sc
 import scipy.sparse as sp
 import torch
 from mudata import MuData
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from scvi_cradle import SAMSVAE, QuantileHurdleAE, datasets, pp, presets
 from scvi_cradle._loop_settings import LOOP, QUANTILE_LEVELS, LoopSettings, loop_settings
-from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid
+from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*categories have fewer than 10 cells:UserWarning")]
 GUIDES = {"guide_counts_key": "guide_counts", "guide_targets": "guide_targets"}
@@ -122,10 +123,10 @@ def test_guide_counts_are_read_from_a_frame_an_array_or_a_modality(screen):
 
 
 def test_fusion_in_log_odds():
-    assert sigmoid(np.array(1 + 0.5 * -5.0)) == pytest.approx(0.1824255238, abs=1e-10)
-    assert sigmoid(np.array(0 + 0.5 * 1.1503493804)) == pytest.approx(0.6399563485, abs=1e-10)
-    assert sigmoid(np.array(-5.0)) == pytest.approx(0.0066928509, abs=1e-10)
-    assert np.isfinite(sigmoid(np.array([-1e4, 1e4]))).all()
+    assert expit(np.array(1 + 0.5 * -5.0)) == pytest.approx(0.1824255238, abs=1e-10)
+    assert expit(np.array(0 + 0.5 * 1.1503493804)) == pytest.approx(0.6399563485, abs=1e-10)
+    assert expit(np.array(-5.0)) == pytest.approx(0.0066928509, abs=1e-10)
+    assert np.isfinite(expit(np.array([-1e4, 1e4]))).all()
 
 
 def test_schedules_and_the_published_preset():
@@ -237,9 +238,9 @@ def test_evidence_is_fused_in_log_odds(fitted):
     loop, cells = fitted.loop_, fitted._screen()
     both = fitted.get_perturbation_probability(evidence="both", guide_scale=0.7)
     target = pd.Index(both.columns).get_indexer(cells.target)[cells.category]
-    np.testing.assert_allclose(both.to_numpy()[cells.row, target], sigmoid(loop["logit"] + 0.7 * cells.prior))
+    np.testing.assert_allclose(both.to_numpy()[cells.row, target], expit(loop["logit"] + 0.7 * cells.prior))
     guides = fitted.get_perturbation_probability(evidence="guides")
-    np.testing.assert_allclose(guides.to_numpy()[cells.row, target], sigmoid(cells.prior))
+    np.testing.assert_allclose(guides.to_numpy()[cells.row, target], expit(cells.prior))
 
 
 def test_it_finds_perturbed_cells_and_affected_genes(fitted, screen):
@@ -375,6 +376,10 @@ def test_types_without_controls_give_no_nan(screen):
 
 def test_what_the_loop_sets_itself_is_refused(screen):
     model = build(screen.copy())
+    with pytest.raises(TypeError, match="received 'n_fold'"):
+        model.fit_perturbation_loop(classifier={"n_fold": 4})
+    with pytest.raises(ValueError, match="seed"):
+        model.fit_perturbation_loop(seed=-1)
     with pytest.raises(TypeError, match="received 'datasplitter_kwargs', 'max_epochs'"):
         model.fit_perturbation_loop(**QUICK, max_epochs=3, datasplitter_kwargs={"drop_last": True})
     plain = screen.copy()
@@ -443,7 +448,7 @@ def test_moved_controls_come_to_the_perturbed_population(fitted, screen):
     z, cells = fitted.get_latent_representation(), fitted._screen()
     alone = (screen.obs["perturbation"].to_numpy()[cells.row] == "G01") & (cells.category == 0)
     assert alone.sum() < (cells.category == 0).sum()  # cells with G01+G02 do not shift G01
-    p = sigmoid(fitted.loop_["logit"] + 0.5 * cells.prior)[alone]
+    p = expit(fitted.loop_["logit"] + 0.5 * cells.prior)[alone]
     shift = np.average(z[cells.row[alone]], axis=0, weights=p) - z[fitted._controls()[0]].mean(0)
     np.testing.assert_allclose(effects["G01"].X[0], shift, atol=1e-5)
     draws, rng = np.linspace(0, 0.999, 40), np.random.default_rng(0)

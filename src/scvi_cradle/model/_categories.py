@@ -139,11 +139,6 @@ def make_screen(
     )
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return ``1 / (1 + exp(-x))`` without overflow."""
-    return np.exp(-np.logaddexp(0.0, -x))
-
-
 def gene_tests(
     x: sp.csr_matrix,
     screen: Screen,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.special import expit
 from scvi import REGISTRY_KEYS, settings
 from tqdm.auto import tqdm
 
@@ -21,9 +22,9 @@ from scvi_cradle._constants import KEYS
 from scvi_cradle._loop_settings import LoopSettings, loop_settings
 from scvi_cradle._loop_settings import plain as _plain
 from scvi_cradle._matrix import to_csr
-from scvi_cradle._validation import preview
+from scvi_cradle._validation import check_positive, preview
 from scvi_cradle.model._base import cells_hash
-from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights, sigmoid
+from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
 from scvi_cradle.model._loop_results import FREE_PREVALENCE, LoopResultsMixin
 from scvi_cradle.model._scores import fit_scores
@@ -145,6 +146,11 @@ class PerturbationLoopMixin(LoopResultsMixin):
             min_gap=min_gap,
             classifier=classifier,
         )
+        check_positive("seed", seed, integer=True, allow_zero=True)
+        unknown = set(chosen.classifier) - {f.name for f in fields(ClassifierSettings)}
+        if unknown:
+            msg = f"`classifier` must hold settings of `ClassifierSettings`; received {preview(sorted(unknown))}: leave it out."
+            raise TypeError(msg)
         ClassifierSettings(**chosen.classifier)  # checks them before anything is trained
         self._validate_anndata(None)
         split = self._loop_split(split_key, seed)
@@ -196,9 +202,9 @@ class PerturbationLoopMixin(LoopResultsMixin):
             bar.set_postfix_str("classifiers")
             loop |= self._classify(screen, chosen, seed + round_)
         scale = chosen.guide_scale(round_)
-        probability = sigmoid(loop["logit"] + scale * screen.prior)
+        probability = expit(loop["logit"] + scale * screen.prior)
         weigh_controls = round_ > 0 and chosen.control_weights == "score"
-        tests = gene_tests(x, screen, probability, sigmoid(loop["control_logit"]) if weigh_controls else None, chosen)
+        tests = gene_tests(x, screen, probability, expit(loop["control_logit"]) if weigh_controls else None, chosen)
         kept = loop["kept"]
         selected = (tests["selected"] & kept[:, None]).any(0)
         new = int((selected & (loop["priority"] == 0)).sum())

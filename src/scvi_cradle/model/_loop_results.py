@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from scvi_cradle import metrics
 from scvi_cradle._loop_settings import loop_settings
 from scvi_cradle._validation import check_one_of, check_positive
-from scvi_cradle.model._categories import sigmoid
 from scvi_cradle.model._loop_data import LoopDataMixin
 
 FREE_PREVALENCE = 0.5  # of cells and categories without a classifier
@@ -46,7 +46,7 @@ class LoopResultsMixin(LoopDataMixin):
         screen = self._screen()
         if getattr(self, "loop_", None) is None:
             return np.ones(len(screen.row))
-        return sigmoid(self._results()["logit"] + self._guide_scale() * screen.prior)
+        return expit(self._results()["logit"] + self._guide_scale() * screen.prior)
 
     def get_perturbation_probability(
         self,
@@ -90,7 +90,7 @@ class LoopResultsMixin(LoopDataMixin):
             labels.codes
         ]
         column = pd.Index(targets).get_indexer(screen.target)[screen.category]
-        values[screen.row, column] = sigmoid(logit + scale * screen.prior)
+        values[screen.row, column] = expit(logit + scale * screen.prior)
         return pd.DataFrame(values, index=self.adata.obs_names.copy(), columns=targets)
 
     def _set_tables(self, loop: dict[str, Any]) -> None:

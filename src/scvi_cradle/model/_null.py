@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from scipy.special import expit
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle._loop_settings import loop_settings
 from scvi_cradle._matrix import to_csr
 from scvi_cradle._validation import check_positive, check_probability, preview
 from scvi_cradle.data import non_targeting_counts
-from scvi_cradle.model._categories import Screen, gene_tests, sigmoid
+from scvi_cradle.model._categories import Screen, gene_tests
 from scvi_cradle.model._moved_cells import MovedCellsMixin
 from scvi_cradle.model._scores import fit_scores
 from scvi_cradle.pp import rank_to_z
@@ -193,8 +194,8 @@ def _null_table(
 ) -> pd.DataFrame:
     weighted = setting != "unweighted"
     scale = chosen.guide_scale(max(chosen.n_outer - 1, 1))  # of the last round
-    probability = sigmoid(scores["logit"] + scale * screen.prior) if weighted else np.ones(len(screen.row))
-    tests = gene_tests(x, screen, probability, sigmoid(scores["control_logit"]) if setting == "score" else None, chosen)
+    probability = expit(scores["logit"] + scale * screen.prior) if weighted else np.ones(len(screen.row))
+    tests = gene_tests(x, screen, probability, expit(scores["control_logit"]) if setting == "score" else None, chosen)
     return pd.DataFrame(
         {
             "target": screen.target,

@@ -13,7 +13,7 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS
 
 from scvi_cradle._constants import CONTROL_UNS_KEY, KEYS
-from scvi_cradle._validation import check_one_of, check_positive, preview
+from scvi_cradle._validation import check_key, check_one_of, check_positive, preview
 from scvi_cradle.data import TrainingStatistics, WeightedSplitter, empirical_quantiles, expression_of
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._draws import make_generator
@@ -205,7 +205,9 @@ class ReconstructionMixin(TrainingMixin):
         if self._cell_type_key is None:
             return np.full(data.n_obs, "all", dtype=object)
         mod_key = self._state_data(REGISTRY_KEYS.X_KEY).get("mod_key")
-        return expression_of(data, mod_key).obs[self._cell_type_key].astype(str).to_numpy(dtype=object)
+        obs = expression_of(data, mod_key).obs
+        check_key(obs, self._cell_type_key, "adata.obs", "cell_type_key")
+        return obs[self._cell_type_key].astype(str).to_numpy(dtype=object)
 
     def _state_data(self, key: str) -> dict[str, Any]:
         return self.registry_["field_registries"][key]["data_registry"]

@@ -55,14 +55,14 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             Number of epochs. Default: those that ``1,200 (n / 3,000)^(1/3)`` steps take, at least 5 (for ``n`` training
             cells; 2,050 steps at 15,000 cells), and no more than scvi-tools' heuristic
             (400 epochs at 20,000 cells or fewer, in inverse proportion above). The papers' presets: 2,000 epochs for
-            CradleVAE, 150,000 steps for the others. PerturbedVAE: 100.
+            CradleVAE, 150,000 steps for the others. PerturbedVAE: 100; QuantileHurdleAE: 500 steps.
         max_steps
             Number of optimiser steps, instead of ``max_epochs``.
         split_key
             Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"`` for every cell
             (see :func:`scvi_cradle.pp.split_perturbations`). Default: a random split of 90 % and 10 %.
         batch_size
-            Cells per step. Default 128 (512 for the papers' presets; PerturbedVAE: 64).
+            Cells per step. Default 128 (512 for the papers' presets; PerturbedVAE: 64; QuantileHurdleAE: 256).
         lr
             Learning rate of Adam. Default 3e-3, after a warm-up of 30 steps along a cosine to 0 and 5 times higher for
             the treatment posteriors (3e-4 constant for the papers' presets). PerturbedVAE: 1e-3 along the same schedule,
