@@ -34,7 +34,7 @@ class NullMixin(MovedCellsMixin):
         whole_loop: bool = False,
         n_cells: int | None = None,
         n_targets: int = 3,
-        min_expressed: float = 0.05,
+        min_expressed: float = 0.1,
         seed: int = 0,
         **loop_kwargs: Any,
     ) -> pd.DataFrame:
