@@ -28,7 +28,7 @@ def guide_note(
     data, cells
         The user's data, and its cells with all columns.
     key
-        Key of ``obsm``; None: the guide modality of a MuData, if it has one.
+        Key of ``obsm``; None: the guide modality of a MuData, if it has one and targets are given.
     targets
         ``guide_targets`` of ``setup_anndata``.
     modality
@@ -36,7 +36,7 @@ def guide_note(
     rule
         How labels are read; guides of its control tokens have no target.
     """
-    in_modality = key is None and isinstance(data, MuData) and modality in data.mod
+    in_modality = key is None and targets is not None and isinstance(data, MuData) and modality in data.mod
     if key is None and not in_modality:
         if targets is not None:
             msg = f"`guide_targets` names the targets of guide counts; received it without `guide_counts_key`{' or a guide modality' if isinstance(data, MuData) else ''}: name the counts, too."

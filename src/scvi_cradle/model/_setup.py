@@ -123,7 +123,7 @@ class SetupMixin(BaseModelClass):
             MuData with a modality of raw counts.
         modalities
             Names of the modalities. Default ``{"rna": "rna", "guide": "guide"}``; QuantileHurdleAE reads guide counts from
-            ``"guide"``, if there is one and no ``guide_counts_key`` is given, the others use ``"rna"``.
+            ``"guide"`` if ``guide_targets`` but no ``guide_counts_key`` is given, the others use ``"rna"``.
         perturbation_key, perturbation_obsm_key, control, sep, layer, artifact_key
             As in :meth:`setup_anndata`.
         artifact_keys, guide_counts_key, guide_targets, cell_type_key
