@@ -12,7 +12,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from scvi_cradle.module.base import (
     HurdleQuantiles,
-    Monotone,
     Pairs,
     PerturbationModule,
     QuantileHurdleDecoder,
@@ -80,7 +79,7 @@ class QuantileHurdleModule(PerturbationModule):
         n_layers: int = 2,
         quantiles: tuple[float, ...],
         quantile_rank: int | None,
-        monotone: Monotone,
+        monotone: Literal["cumsum", "sort", "penalty"],
         hurdle_weight: float,
         latent_l2: float,
         quant_normalization: Literal["all", "positive"] = "all",
