@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from scipy.special import expit
 from scvi import REGISTRY_KEYS, settings
 from tqdm.auto import tqdm
@@ -26,6 +23,7 @@ from scvi_cradle._validation import check_positive, preview
 from scvi_cradle.model._base import cells_hash
 from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
+from scvi_cradle.model._loop_context import forked_randomness, quiet_trainer
 from scvi_cradle.model._loop_results import FREE_PREVALENCE, LoopResultsMixin
 from scvi_cradle.model._scores import fit_scores
 from scvi_cradle.train import ClassifierSettings
@@ -167,7 +165,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         shown = settings.verbosity <= 20 if progress is None else progress
         with tqdm(total=chosen.n_outer, initial=loop["round"], desc="rounds", disable=not shown) as bar:
             while loop["round"] < chosen.n_outer:
-                with _forked_randomness(seed, loop["round"]), _quiet_trainer():
+                with forked_randomness(seed, loop["round"]), quiet_trainer():
                     started = time.perf_counter()
                     self._run_round(loop, screen, x, chosen, split, seed, bar, train_kwargs)
                 loop["history"][-1]["seconds"] = time.perf_counter() - started
@@ -178,7 +176,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         kept = {f.name: getattr(screen, f.name) for f in fields(screen)}
         names = {"target": loop["target"], "cell_type": loop["cell_type"]}
         self._set_tables(loop | identity | {"screen": kept | names})
-        with _forked_randomness(seed, loop["round"]):  # loaders draw a seed
+        with forked_randomness(seed, loop["round"]):  # loaders draw a seed
             self._moves()
 
     # ---- one round --------------------------------------------------------------------------------------------------
@@ -337,23 +335,3 @@ def _empty_scores(screen: Screen) -> dict[str, Any]:
         "gap": np.zeros(n),
         "kept": np.zeros(n, dtype=bool),
     }
-
-
-@contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """Keep the trainer from announcing devices in every round."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _forked_randomness(seed: int, round_: int) -> Iterator[None]:
-    """Let torch's global generators start at a seed of the round, and put them back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int(np.random.SeedSequence([abs(int(seed)), round_]).generate_state(1)[0]))
-        yield

@@ -16,7 +16,7 @@ from scvi_cradle._matrix import to_csr
 from scvi_cradle._validation import check_positive, check_probability, preview
 from scvi_cradle.data import non_targeting_counts
 from scvi_cradle.model._categories import Screen, gene_tests
-from scvi_cradle.model._moved_cells import MovedCellsMixin
+from scvi_cradle.model._moved_effects import MovedEffectsMixin
 from scvi_cradle.model._scores import fit_scores
 from scvi_cradle.pp import rank_to_z
 
@@ -24,7 +24,7 @@ NOMINAL = 0.05
 SETTINGS = ("score", "equal", "unweighted")
 
 
-class NullMixin(MovedCellsMixin):
+class NullMixin(MovedEffectsMixin):
     """``get_null_calibration``."""
 
     def get_null_calibration(

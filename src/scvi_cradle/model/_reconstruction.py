@@ -1,4 +1,4 @@
-"""Training of the quantile-hurdle autoencoder, reconstructions, and cells moved in its latent space."""
+"""Training of the quantile-hurdle autoencoder, and reconstructions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ReconstructionMixin(TrainingMixin):
         return {"cell_weights": self._cell_weights}
 
     def _set_statistics(self, statistics: TrainingStatistics, n_train: int) -> None:
-        """Keep counts and moments; before the first training the decoder starts at the quantiles of the genes."""
+        """Keep the counts; the input is not standardised."""
         module = self.module
         with torch.no_grad():
             module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
