@@ -15,7 +15,6 @@ from scvi_cradle.module.base._elbo import (
 from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
 from scvi_cradle.module.base._expectation import LogNormalizedExpectation
 from scvi_cradle.module.base._likelihood import (
-    count_terms,
     fused_log_prob,
     library_size,
     negative_binomial_log_prob,
@@ -92,7 +91,6 @@ __all__ = [
     "bernoulli_kl_logits",
     "beta_kl",
     "beta_log_prob",
-    "count_terms",
     "crossing_penalty",
     "fused_log_prob",
     "gaussian_kl",

@@ -5,8 +5,8 @@ With ``rho = softmax(W f + b)``, ``mu = l (rho + 1e-8)`` and inverse dispersion 
 ``log p(x) = sum_g lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) - x log theta
 + x log mu - (x + theta) log(1 + mu / theta)``.
 
-The first line depends on the cell alone (:func:`count_terms`, at non-zero counts, once for all particles, in double
-precision). The second is computed block by block together with its gradient (:class:`_RateTerms`). No term is as large as
+The first line depends on the cell alone and is read from a table of small counts (:class:`_CountTable`), once for all
+particles. The second is computed tile by tile together with its gradient (:func:`_differentiate`). No term is as large as
 ``theta log theta``, which would leave no digits in single precision where a gene is nearly Poisson.
 """
 
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 RATE_FLOOR = 1e-8
-BLOCK_ELEMENTS = 1 << 17
+# of (particles x cells x genes): logits that are held at once, and what is worked on at once (32 and 0.5 MB in float32)
+BLOCK_ELEMENTS, TILE_ELEMENTS = 1 << 23, 1 << 17
+SMALL_COUNTS = 64
 
 
 def library_size(x: Tensor) -> Tensor:
@@ -40,17 +41,87 @@ def negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     return counts + theta * (theta.log() - log_total) + x * (mu.log() - log_total)
 
 
-def count_terms(x: Tensor, theta: Tensor) -> Tensor:
-    """Return the terms of the log-likelihood that do not depend on the mean, shape ``(n_cells,)``."""
-    cell, gene = x.nonzero(as_tuple=True)
-    counts, wide = x[cell, gene].double(), theta.double()
-    terms = torch.lgamma(counts + wide.index_select(0, gene)) - torch.lgamma(counts + 1)
-    terms = terms - wide.lgamma().index_select(0, gene) - counts * wide.log().index_select(0, gene)
-    return terms.new_zeros(len(x)).index_add(0, cell, terms).to(x)
+class _CountTable:
+    """Terms of the log-likelihood that do not depend on the mean, with their derivatives by ``theta``.
+
+    ``lgamma(x + theta) - lgamma(theta) - x log theta = sum_{j<x} log(1 + j / theta)`` is a sum over ``j`` for counts below
+    64; others are evaluated one by one in double precision.
+
+    Parameters
+    ----------
+    x, theta
+        Counts ``(n_cells, n_genes)`` and inverse dispersions ``(n_genes,)``.
+    """
+
+    def __init__(self, x: Tensor, theta: Tensor) -> None:
+        self.theta = theta
+        largest = int(x.max()) if x.numel() else 0
+        steps = torch.arange(min(largest, SMALL_COUNTS - 1), dtype=theta.dtype, device=theta.device)[:, None]
+        factorials = torch.lgamma(steps.double() + 2).to(theta)
+        self.terms = _from_zero((steps / theta).log1p_().cumsum(0) - factorials, large=largest >= SMALL_COUNTS)
+        self.slopes = _from_zero((-steps / (theta * (steps + theta))).cumsum_(0), large=largest >= SMALL_COUNTS)
+        self.has_large = largest >= SMALL_COUNTS
+
+    def __call__(self, x: Tensor, weight: Tensor, d_theta: Tensor | None) -> Tensor:
+        """Return the terms of cells, shape ``(n_cells,)``; their weighted derivatives are added to ``d_theta``."""
+        index = x.clamp(max=len(self.terms) - 1).long()
+        values = self.terms.gather(0, index).sum(-1)
+        if d_theta is not None:
+            d_theta.addmv_(self.slopes.gather(0, index).t(), weight)
+        if self.has_large:
+            self._add_large(x, weight, values, d_theta)
+        return values
+
+    def _add_large(self, x: Tensor, weight: Tensor, values: Tensor, d_theta: Tensor | None) -> None:
+        cell, gene = (x >= SMALL_COUNTS).nonzero(as_tuple=True)
+        counts, theta = x[cell, gene].double(), self.theta[gene].double()
+        terms = torch.lgamma(counts + theta) - torch.lgamma(theta) - torch.lgamma(counts + 1) - counts * theta.log()
+        values.index_add_(0, cell, terms.to(values))
+        if d_theta is not None:
+            slopes = torch.digamma(counts + theta) - torch.digamma(theta) - counts / theta
+            d_theta.index_add_(0, gene, slopes.to(d_theta) * weight[cell])
 
 
-class _RateTerms(torch.autograd.Function):
-    """``sum_g x log mu - (x + theta) log(1 + mu / theta)`` per row, and the gradient of its weighted sum, in one pass."""
+def _from_zero(sums: Tensor, *, large: bool) -> Tensor:
+    """Put the row of count 0 before a table and, for counts beyond it, a row of zeros behind it."""
+    zeros = sums.new_zeros(1, sums.shape[1])
+    return torch.cat([zeros, sums, zeros] if large else [zeros, sums])
+
+
+def _differentiate(
+    logits: Tensor, counts: Tensor, library: Tensor, theta: Tensor, weight: Tensor, d_theta: Tensor | None
+) -> Tensor:
+    """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)`` per row; logits become its gradient (not for None).
+
+    With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
+    softmax applied to ``(x - e) (1 - c)``, and ``e / theta - log(1 + mu / theta)`` that of ``theta``, whose weighted sum
+    over rows is added to ``d_theta``.
+    """
+    rho = torch.softmax(logits, dim=-1)
+    floor = library * RATE_FLOOR
+    log_rate = (rho / RATE_FLOOR).log1p_()  # log(mu / floor), which is twice as fast as log(mu)
+    value = torch.linalg.vecdot(counts, log_rate) + counts.sum(-1) * floor[:, 0].log()
+    mu = torch.add(rho, RATE_FLOOR, out=log_rate).mul_(library)
+    shifted = counts + theta
+    log_total = (mu / theta).log1p_()  # log((mu + theta) / theta)
+    value -= torch.linalg.vecdot(shifted, log_total)
+    if d_theta is None:
+        return value
+    expected = mu / (mu + theta)
+    expected *= shifted
+    d_theta.addmv_(log_total.addcdiv_(expected, theta, value=-1).t(), weight, alpha=-1)
+    slope = torch.sub(counts, expected, out=expected)
+    slope.addcmul_(slope, torch.div(floor, mu, out=mu), value=-1)
+    torch.addcmul(slope, rho, slope.sum(-1, keepdim=True), value=-1, out=logits)
+    return value
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """Log-likelihoods and the gradient of their weighted sum, in one pass.
+
+    Logits are made for as many cells as ``BLOCK_ELEMENTS`` allows, so that matrix products are large. What is elementwise
+    goes over tiles of ``TILE_ELEMENTS`` that stay in the cache and leaves the gradient where the logits were.
+    """
 
     @staticmethod
     def forward(
@@ -63,45 +134,36 @@ class _RateTerms(torch.autograd.Function):
         library: Tensor,
         row_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        n_particles, n_cells, _ = features.shape
-        needs = ctx.needs_input_grad[:4]
-        values = features.new_empty(n_particles, n_cells)
-        d_features = torch.empty_like(features) if any(needs) else None
-        d_weight, d_bias, d_theta = torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(theta)
-        inverse = theta.reciprocal()
-        block = max(1, BLOCK_ELEMENTS // x.shape[1])
+        n_particles, n_cells, n_features = features.shape
+        n_genes, values = len(bias), features.new_empty(n_particles, n_cells)
+        slopes = [torch.zeros_like(v) for v in (features, weight, bias, theta)] if any(ctx.needs_input_grad[:4]) else None
+        d_theta = slopes[3] if slopes else None
+        count_terms = _CountTable(x, theta)
+        block = min(max(1, BLOCK_ELEMENTS // (n_particles * n_genes)), n_cells)
+        tile = max(1, TILE_ELEMENTS // n_genes)
+        buffer = features.new_empty(n_particles * block * n_genes)
         for start in range(0, n_cells, block):
-            cells = slice(start, start + block)
-            counts, scale = x[cells], library[cells]
-            shifted = counts + theta
-            for particle in range(n_particles):
-                f = features[particle, cells]
-                rho = torch.softmax(linear(f, weight, bias), dim=-1)
-                mu = (rho + RATE_FLOOR).mul_(scale)
-                total = mu + theta
-                relative = mu * inverse
-                log_total = relative.log1p()  # log((theta + mu) / theta)
-                value = torch.einsum("cg,cg->c", counts, mu.log()) - torch.einsum("cg,cg->c", shifted, log_total)
-                values[particle, cells] = value
-                if d_features is None:
-                    continue
-                w = row_weight[cells, None]
-                ratio = torch.div(shifted, total, out=total)
-                d_theta.sub_(log_total.sub_(relative.mul_(ratio)).mul_(w).sum(0))
-                slope = torch.div(counts, mu, out=mu).sub_(ratio).mul_(rho).mul_(scale * w)
-                slope.sub_(rho.mul_(slope.sum(-1, keepdim=True)))  # d value / d logits, weighted
-                d_features[particle, cells] = slope @ weight
-                d_weight.addmm_(slope.t(), f)
-                d_bias.add_(slope.sum(0))
-        ctx.save_for_backward(d_features, d_weight, d_bias, d_theta)
+            cells = slice(start, min(start + block, n_cells))
+            inputs = features[:, cells].reshape(-1, n_features)
+            logits = torch.addmm(bias, inputs, weight.t(), out=buffer[: len(inputs) * n_genes].view(-1, n_genes))
+            for first in range(start, cells.stop, tile):
+                part = slice(first, min(first + tile, cells.stop))
+                rows, data = slice(part.start - start, part.stop - start), (x[part], library[part], theta, row_weight[part])
+                values[:, part] = count_terms(x[part], row_weight[part] * n_particles, d_theta)
+                for particle, piece in enumerate(logits.view(n_particles, -1, n_genes)[:, rows]):
+                    values[particle, part] += _differentiate(piece, *data, d_theta)
+            if slopes is not None:
+                w = row_weight[cells].repeat(n_particles)
+                slopes[0][:, cells] = (logits @ weight).mul_(w[:, None]).view(n_particles, -1, n_features)
+                slopes[1].addmm_(logits.t(), inputs * w[:, None])
+                slopes[2].addmv_(logits.t(), w)
+        ctx.save_for_backward(*(slopes or ()))
         ctx.mark_non_differentiable(values)
         return (values * row_weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        d_features, d_weight, d_bias, d_theta = ctx.saved_tensors
-        upstream = grads[0]
-        return upstream * d_features, upstream * d_weight, upstream * d_bias, upstream * d_theta, None, None, None
+        return (*(grads[0] * slope for slope in ctx.saved_tensors), None, None, None)
 
 
 def fused_log_prob(
@@ -128,6 +190,5 @@ def fused_log_prob(
     """
     if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
         features, weight, bias, theta = (v.detach() for v in (features, weight, bias, theta))
-    rates, values = _RateTerms.apply(features, weight, bias, theta, x, library, row_weight)
-    counts = count_terms(x, theta)
-    return rates + (counts * row_weight).sum() * features.shape[0], values + counts.detach()
+    total, values = _FusedLogProb.apply(features, weight, bias, theta, x, library, row_weight)
+    return total, values
