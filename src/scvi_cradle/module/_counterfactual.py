@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from scvi_cradle.module.base import BasalEncoder, Pairs, gaussian_kl
+from scvi_cradle.module.base import BasalEncoder, Pairs, summed_gaussian_kl
 
 
 def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -36,20 +36,31 @@ def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, 
     cells = eligible.nonzero()[:, 0]
     labels, inverse = torch.unique(label[cells], return_inverse=True)
     reference = module.encoder.first.project("x", module.standardize(module.references(labels)))
-    reference = reference.index_select(0, inverse)
-    effects = latent.offsets[0].index_select(1, cells)
-    vector = _artifact_on(module.encoder, latent.artifact_vector, cells)
-    counterfactual = module.encoder(x_projected.index_select(0, cells), effects, vector)
+    effects = latent.offsets[0]
+    counterfactual = module.encoder(
+        x_projected.index_select(0, cells),
+        effects.index_select(1, cells),
+        _artifact_on(module.encoder, latent.artifact_vector, cells),
+    )
+    vector = latent.artifact_vector
     if not module.share_global_samples:
         draw = module.effects.draw(pairs, len(effects), per_cell=module.per_cell)
-        redrawn, _ = module.artifact.draw(*latent.artifact_vector.shape[:2])
-        effects = draw.to_cells(module.encoder.first.project("perturbation", draw.rows), pairs).index_select(1, cells)
-        vector = _artifact_on(module.encoder, redrawn, cells)
-    target = module.encoder(reference, effects, vector)
+        vector, _ = module.artifact.draw(*vector.shape[:2])
+        effects = draw.to_cells(module.encoder.first.project("perturbation", draw.rows), pairs)
+    one_of_label = not module.per_cell and inputs["dosage"] is None  # cells of a label have the same target
+    if one_of_label:
+        rows = cells.new_empty(len(labels)).scatter_(0, inverse, cells)
+    else:
+        rows, reference = cells, reference.index_select(0, inverse)
+    target = module.encoder(reference, effects.index_select(1, rows), _artifact_on(module.encoder, vector, rows))
+    loc, scale = target.loc, target.scale
     if module.cf_detach_reference:
-        target = Normal(target.loc.detach(), target.scale.detach(), validate_args=False)
+        loc, scale = loc.detach(), scale.detach()
+    if one_of_label:
+        loc, scale = loc.index_select(1, inverse), scale.index_select(1, inverse)
+    target = Normal(loc, scale, validate_args=False)
     first, second = (target, counterfactual) if module.cf_direction == "reference_first" else (counterfactual, target)
-    return gaussian_kl(first.loc, first.scale, second.loc, second.scale).sum(-1), eligible
+    return summed_gaussian_kl(first, second), eligible
 
 
 def _artifact_on(encoder: BasalEncoder, vector: Tensor, cells: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from scvi_cradle.module.base._elbo import (
     gaussian_kl,
     importance_weighted_bound,
     normal_log_prob,
+    summed_gaussian_kl,
 )
 from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
 from scvi_cradle.module.base._expectation import LogNormalizedExpectation
@@ -118,4 +119,5 @@ __all__ = [
     "solve_in_order",
     "start_output",
     "straight_through_bernoulli",
+    "summed_gaussian_kl",
 ]

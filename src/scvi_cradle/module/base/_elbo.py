@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions import Normal
 from torch.nn.functional import softplus
 
 
@@ -17,6 +20,32 @@ def gaussian_kl(mean_q: Tensor, std_q: Tensor, mean_p: Tensor | float, std_p: Te
     std_p = torch.as_tensor(std_p, dtype=std_q.dtype, device=std_q.device)
     ratio = (std_q / std_p).square()
     return 0.5 * (ratio + ((mean_q - mean_p) / std_p).square() - 1.0 - ratio.log())
+
+
+def summed_gaussian_kl(q: Normal, p: Normal) -> Tensor:
+    """Return ``KL(q || p)`` of two normals of one shape, summed over the last axis: :func:`gaussian_kl` in fewer passes."""
+    return _SummedGaussianKL.apply(q.loc, q.scale, p.loc, p.scale)
+
+
+class _SummedGaussianKL(torch.autograd.Function):
+    """The divergence with its gradient written out."""
+
+    @staticmethod
+    def forward(ctx: Any, mean_q: Tensor, std_q: Tensor, mean_p: Tensor, std_p: Tensor) -> Tensor:
+        precision = std_p.reciprocal()
+        shift, ratio = (mean_q - mean_p).mul_(precision), std_q * precision
+        ctx.save_for_backward(precision, shift, ratio)
+        squares = torch.linalg.vecdot(ratio, ratio) + torch.linalg.vecdot(shift, shift)
+        return 0.5 * (squares - ratio.shape[-1]) - ratio.log().sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        precision, shift, ratio = ctx.saved_tensors
+        scaled = precision * grads[0][..., None]
+        d_mean, d_std = scaled * shift, (ratio - ratio.reciprocal()).mul_(scaled)
+        d_std_p = (d_mean * shift).addcmul_(d_std, ratio).neg_()
+        return d_mean, d_std, -d_mean, d_std_p
 
 
 def normal_log_prob(value: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Normal
 
 NEGATIVE_SLOPE = 0.01
@@ -65,8 +67,24 @@ class GaussianHead(nn.Module):
     def forward(self, hidden: Tensor) -> Normal:
         """Map ``(..., n_in)`` to a normal of shape ``(..., n_out)``."""
         mean, log_variance = self.linear(hidden).split(self.n_out, dim=-1)
-        variance = log_variance.clamp(max=MAX_LOG_VARIANCE).exp() + VARIANCE_FLOOR
-        return Normal(mean, variance.sqrt(), validate_args=False)
+        return Normal(mean, _Scale.apply(log_variance), validate_args=False)
+
+
+class _Scale(torch.autograd.Function):
+    """``sqrt(exp(min(logvar, 15)) + 1e-4)`` with its gradient written out: half of the scale less its floor's part."""
+
+    @staticmethod
+    def forward(ctx: Any, log_variance: Tensor) -> Tensor:
+        scale = log_variance.clamp(max=MAX_LOG_VARIANCE).exp_().add_(VARIANCE_FLOOR).sqrt_()
+        ctx.save_for_backward(scale, log_variance)
+        return scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        scale, log_variance = ctx.saved_tensors
+        slope = (scale - VARIANCE_FLOOR / scale).mul_(grads[0]).mul_(0.5)
+        return slope.masked_fill_(log_variance > MAX_LOG_VARIANCE, 0.0)
 
 
 class BasalEncoder(nn.Module):
