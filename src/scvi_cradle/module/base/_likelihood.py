@@ -54,7 +54,7 @@ class _CountTable:
     """
 
     def __init__(self, x: Tensor, theta: Tensor) -> None:
-        self.theta = theta
+        self.theta, self.genes = theta, torch.arange(len(theta), device=theta.device)
         largest = int(x.max()) if x.numel() else 0
         steps = torch.arange(min(largest, SMALL_COUNTS - 1), dtype=theta.dtype, device=theta.device)[:, None]
         factorials = torch.lgamma(steps.double() + 2).to(theta)
@@ -64,10 +64,11 @@ class _CountTable:
 
     def __call__(self, x: Tensor, weight: Tensor, d_theta: Tensor | None) -> Tensor:
         """Return the terms of cells, shape ``(n_cells,)``; their weighted derivatives are added to ``d_theta``."""
-        index = x.clamp(max=len(self.terms) - 1).long()
-        values = self.terms.gather(0, index).sum(-1)
+        small = x.clamp(max=len(self.terms) - 1).long()
+        place = torch.add(self.genes, small, alpha=len(self.genes)).view(-1)  # in the flat table
+        values = self.terms.view(-1).index_select(0, place).view_as(x).sum(-1)
         if d_theta is not None:
-            d_theta.addmv_(self.slopes.gather(0, index).t(), weight)
+            d_theta.addmv_(self.slopes.view(-1).index_select(0, place).view_as(x).t(), weight)
         if self.has_large:
             self._add_large(x, weight, values, d_theta)
         return values
@@ -152,11 +153,12 @@ class _FusedLogProb(torch.autograd.Function):
                 values[:, part] = count_terms(x[part], row_weight[part] * n_particles, d_theta)
                 for particle, piece in enumerate(logits.view(n_particles, -1, n_genes)[:, rows]):
                     values[particle, part] += _differentiate(piece, *data, d_theta)
+                    if slopes is not None:
+                        slopes[2].addmv_(piece.t(), row_weight[part])
             if slopes is not None:
                 w = row_weight[cells].repeat(n_particles)
                 slopes[0][:, cells] = (logits @ weight).mul_(w[:, None]).view(n_particles, -1, n_features)
                 slopes[1].addmm_(logits.t(), inputs * w[:, None])
-                slopes[2].addmv_(logits.t(), w)
         ctx.save_for_backward(*(slopes or ()))
         ctx.mark_non_differentiable(values)
         return (values * row_weight).sum(), values
