@@ -7,8 +7,8 @@ passes, ``q(e | m)`` is evaluated for all treatments, dosages are a dense matrix
 and the negative binomial is the formula over (particles, cells, genes) with lgamma everywhere.
 
 ``as_published`` adds the work that the published code does beside: counts are decoded with the artifact on and off, sampled
-from both and scored under both, ``q(e | m)`` is evaluated again for the counterfactual pass, and a fourth encoder pass sees
-the references with the artifact off. None of it changes the loss.
+from both and scored under both, E, M and U are drawn again for the counterfactual pass (here from the same noise, so that the
+loss stays the same), and a fourth encoder pass sees the references with the artifact off. None of it changes the loss.
 """
 
 from __future__ import annotations
@@ -103,19 +103,28 @@ class PlainCradle(nn.Module):
         )
         return log_prob.sum(-1)
 
+    def draw_effects(self, noise: Noise) -> tuple[Tensor, Normal]:
+        """Return effects of all treatments, shape ``(P, T, D)``, and ``q(e | m)``."""
+        logits = self.mask_logits.expand(self.n_particles, -1, -1)
+        relaxed = torch.sigmoid(logits + noise.mask.log() - (1 - noise.mask).log())
+        mask = (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
+        one_hot = torch.eye(self.n_treatments).expand(self.n_particles, -1, -1)
+        q = gaussian(self.embedding(torch.cat([mask, one_hot], dim=-1)))
+        return mask * (q.loc + q.scale * noise.embedding), q
+
+    def draw_artifact(self, noise: Noise) -> tuple[Tensor, Normal]:
+        """Return the artifact vector, shape ``(P, 1, D)``, and its posterior."""
+        q = Normal(self.u_mean, self.u_log_std.exp() + 1e-4, validate_args=False)
+        return q.loc + q.scale * noise.artifact, q
+
     def loss(
         self, x: Tensor, dosage: Tensor, artifact: Tensor, reference: Tensor, has_reference: Tensor, noise: Noise
     ) -> dict[str, Tensor]:
         """Return the loss and its terms per cell; ``reference`` is cells x genes, ``artifact`` (n, 1)."""
         n, p = len(x), self.n_particles
         logits = self.mask_logits.expand(p, -1, -1)
-        relaxed = torch.sigmoid(logits + noise.mask.log() - (1 - noise.mask).log())
-        mask = (relaxed > 0.5).to(relaxed) + (relaxed - relaxed.detach())
-        one_hot = torch.eye(self.n_treatments).expand(p, -1, -1)
-        q_embedding = gaussian(self.embedding(torch.cat([mask, one_hot], dim=-1)))
-        effects = mask * (q_embedding.loc + q_embedding.scale * noise.embedding)
-        q_u = Normal(self.u_mean, self.u_log_std.exp() + 1e-4, validate_args=False)
-        u = q_u.loc + q_u.scale * noise.artifact
+        effects, q_embedding = self.draw_effects(noise)
+        u, q_u = self.draw_artifact(noise)
 
         z_p = dosage @ effects  # (P, n, D)
         z_a = u * artifact
@@ -125,8 +134,8 @@ class PlainCradle(nn.Module):
         if self.as_published:
             on, off = self.log_likelihood(x, z_b, z_p, u_on), self.log_likelihood(x, z_b, z_p, u_off)
             log_prob = artifact[:, 0] * on + (1 - artifact[:, 0]) * off
-            q_again = gaussian(self.embedding(torch.cat([mask, one_hot], dim=-1)))
-            z_p = dosage @ (mask * (q_again.loc + q_again.scale * noise.embedding))
+            z_p = dosage @ self.draw_effects(noise)[0]
+            u_on = self.draw_artifact(noise)[0].expand(p, n, -1)
             self.encode(reference, z_p, u_off)
         else:
             log_prob = self.log_likelihood(x, z_b, z_p, z_a)

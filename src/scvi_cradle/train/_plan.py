@@ -6,6 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
@@ -13,6 +14,7 @@ from scvi_cradle._perturbedvae_settings import check_warmup
 from scvi_cradle._validation import check_one_of
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
+N_CELLS = "n_cells"
 KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the steps: (10, 50) and (5, 50) of the published 100
 
 
@@ -40,8 +42,6 @@ class PerturbationTrainingPlan(TrainingPlan):
         Further arguments of :class:`scvi.train.TrainingPlan`.
     """
 
-    fused = False  # one kernel for all weights: worth it for tens of millions of them
-
     def __init__(
         self,
         module: BaseModuleClass,
@@ -58,6 +58,7 @@ class PerturbationTrainingPlan(TrainingPlan):
     ) -> None:
         check_one_of("lr_schedule", lr_schedule, ("cosine", "constant"))
         self.is_first_batch = True
+        self.sums: dict[str, dict[str, Any]] = {}  # of terms over the cells of an epoch, by mode
         self.lr_schedule, self.lr_warmup_steps, self.effect_lr_scale = lr_schedule, lr_warmup_steps, effect_lr_scale
         super().__init__(
             module,
@@ -76,8 +77,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         effects = [p for name, p in self.module.named_parameters() if name.startswith(EFFECTS)]
         others = [p for name, p in self.module.named_parameters() if not name.startswith(EFFECTS)]
         groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
-        arguments: dict[str, Any] = {"fused": True} if self.fused else {}
-        optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, **arguments)
+        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)  # which cannot clip gradients of fused ones
+        optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=fused)
         if self.lr_schedule == "constant":
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -92,40 +93,66 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Take a step."""
-        self.is_first_batch = batch_idx == 0
-        return super().training_step(batch, batch_idx)
+        if "kl_weight" in self.loss_kwargs:
+            self.loss_kwargs["kl_weight"] = self.kl_weight
+        return self._measure(batch, batch_idx, "train", self.train_metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the loss of a batch."""
+        self._measure(batch, batch_idx, "validation", self.val_metrics)
+
+    def _measure(self, batch: Any, batch_idx: int, mode: str, metrics: dict[str, Any]) -> Any:
+        """Return the loss of a batch, and keep what is logged."""
+        _, _, output = self.forward(batch, loss_kwargs=self.loss_kwargs)
         self.is_first_batch = batch_idx == 0
-        super().validation_step(batch, batch_idx)
+        self.compute_and_log_metrics(output, metrics, mode)
+        return output.loss
 
     def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict[str, Any], mode: str) -> None:
-        """Log the ELBO as scvi-tools does, and extra metrics outside inference mode (else multi-device runs fail).
+        """Keep the terms of the objective, by names of scvi-tools, until the end of the epoch.
 
         scvi-tools divides the global divergence by the number of validation cells; here a validation cell carries the
-        share of a training cell.
+        share of a training cell. The trainer is told once an epoch: to tell it at every step took a quarter of the time
+        of small models.
         """
+        n_cells = loss_output.n_obs_minibatch
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
-        extra, loss_output.extra_metrics = loss_output.extra_metrics, {}
-        if self.is_first_batch or self.on_step:
-            super().compute_and_log_metrics(loss_output, metrics, mode)
-        else:  # lightning has known these objects since the first batch of the epoch, and telling it again takes long
-            with torch.inference_mode():
-                metrics[f"elbo_{mode}"].update(
-                    reconstruction_loss=loss_output.reconstruction_loss_sum,
-                    kl_local=loss_output.kl_local_sum,
-                    kl_global=loss_output.kl_global_sum,
-                    n_obs_minibatch=loss_output.n_obs_minibatch,
-                )
-        self.log_dict(
-            {f"{key}_{mode}": value.detach() for key, value in extra.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=loss_output.n_obs_minibatch,
-            sync_dist=self.use_sync_dist,
-        )
+        if self.is_first_batch:
+            self.sums[mode] = {}
+            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=self.use_sync_dist)
+        with torch.inference_mode():
+            metrics[f"elbo_{mode}"].update(
+                reconstruction_loss=loss_output.reconstruction_loss_sum,
+                kl_local=loss_output.kl_local_sum,
+                kl_global=loss_output.kl_global_sum,
+                n_obs_minibatch=n_cells,
+            )
+            extra = {f"{key}_{mode}": value.detach() for key, value in loss_output.extra_metrics.items()}
+            values = {f"{mode}_loss": loss_output.loss.detach()} | extra
+            for name, value in (values | {N_CELLS: 1.0}).items():
+                self.sums[mode][name] = self.sums[mode].get(name, 0.0) + value * n_cells
+        if self.on_step:
+            self.log_dict({f"{name}_step": value for name, value in values.items()}, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch."""
+        if "kl_weight" in self.loss_kwargs:
+            self.log("kl_weight", self.loss_kwargs["kl_weight"])
+        self._log_means("train")
+        super().on_train_epoch_end()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation."""
+        self._log_means("validation")
+        super().on_validation_epoch_end()
+
+    def _log_means(self, mode: str) -> None:
+        sums = self.sums.pop(mode, {})
+        n_cells = int(sums.pop(N_CELLS, 0))
+        for name, total in sums.items():
+            in_bar = name == "train_loss"
+            self.log(name, total / n_cells, prog_bar=in_bar, batch_size=n_cells, sync_dist=self.use_sync_dist)
 
 
 class ContinuedTrainingPlan(PerturbationTrainingPlan):
@@ -133,8 +160,6 @@ class ContinuedTrainingPlan(PerturbationTrainingPlan):
 
     The state is kept as ``module.optimizer_state``; None starts anew.
     """
-
-    fused = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimiser in the state in which the last training left it."""
