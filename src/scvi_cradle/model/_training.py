@@ -179,6 +179,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             log=self.module.log_input,
             statistic=self.module.references.statistic if self.module.has_artifact else "median",
             sources=self._sources(),
+            keep_pools=self.module.has_artifact and self.module.references.resample,
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))
