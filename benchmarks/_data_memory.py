@@ -156,7 +156,9 @@ def _tiny_run(rng: np.random.Generator) -> None:
     from scvi_cradle import CradleVAE, pp
 
     obs = pd.DataFrame({"perturbation": ["control", "A"] * 50, "flag": [True, False, False, True] * 25})
-    tiny = ad.AnnData(sp.csr_matrix(rng.poisson(2.0, (100, 50)).astype(np.float32)), obs=obs.set_index(obs.index.astype(str)))
+    tiny = ad.AnnData(
+        sp.csr_matrix(rng.poisson(2.0, (100, 50)).astype(np.float32)), obs=obs.set_index(obs.index.astype(str))
+    )
     pp.qc_label(tiny, doublets=None)
     CradleVAE.setup_anndata(tiny, perturbation_key="perturbation", artifact_key="flag")
     model = CradleVAE(tiny, n_latent=5)

@@ -13,6 +13,8 @@ from scvi_cradle._constants import COUNTS_PER_CELL
 from scvi_cradle._validation import check_key
 
 BLOCK_SIZE = 1_024  # rows: of 20,000 genes with 16 % counts 25 MB
+GROUPED_BLOCK_SIZE = 4_096  # where every block is added to dense sums of many groups
+
 
 def get_matrix(adata: AnnData, layer: str | None) -> Any:
     """Return ``adata.X`` or ``adata.layers[layer]`` as it is stored (dense, sparse, backed or dask)."""

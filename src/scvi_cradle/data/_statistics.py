@@ -100,9 +100,7 @@ def training_statistics(
     mean, variance, share, totals = _moments(matrix, train_indices, log=log)
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
-    labels, profiles, pools = _references(
-        matrix, train_indices, codes, failed, statistic, rng, keep_pools=keep_pools
-    )
+    labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng, keep_pools=keep_pools)
     return TrainingStatistics(
         input_mean=mean,
         input_std=np.where(variance > MIN_VARIANCE, np.sqrt(variance), 1.0),
@@ -140,7 +138,9 @@ def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
     return block[np.argsort(order, kind="stable")]
 
 
-def _moments(matrix: Any, indices: np.ndarray, block_size: int = BLOCK_SIZE, *, log: bool = True) -> tuple[np.ndarray, ...]:
+def _moments(
+    matrix: Any, indices: np.ndarray, block_size: int = BLOCK_SIZE, *, log: bool = True
+) -> tuple[np.ndarray, ...]:
     n_genes = matrix.shape[1]
     first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
     for start in range(0, len(indices), block_size):
