@@ -49,6 +49,22 @@ def to_csr(matrix: Any) -> sp.csr_matrix:
     return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(matrix.shape)
 
 
+def stack_rows(blocks: list[sp.csr_matrix]) -> sp.csr_matrix:
+    """Return CSR blocks as one matrix; the list is emptied from its end, so that blocks and matrix share the memory of one."""
+    n_stored = sum(block.nnz for block in blocks)
+    n_rows, n_columns = sum(block.shape[0] for block in blocks), blocks[0].shape[1]
+    index = blocks[0].indices.dtype if n_stored < np.iinfo(np.int32).max else np.dtype(np.int64)
+    data, indices = np.empty(n_stored, dtype=blocks[0].dtype), np.empty(n_stored, dtype=index)
+    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
+    end = n_stored
+    while blocks:
+        block = blocks.pop()
+        data[end - block.nnz : end], indices[end - block.nnz : end] = block.data, block.indices
+        end -= block.nnz
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(index)
+    return sp.csr_matrix((data, indices, indptr), shape=(n_rows, n_columns))
+
+
 def counts_problem(matrix: Any) -> str | None:
     """Return what keeps ``matrix`` from being raw counts (NaN, infinity, negative, fractional), or ``None``."""
     for _, block in iter_blocks(matrix):
