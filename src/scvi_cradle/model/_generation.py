@@ -316,4 +316,6 @@ def _emit(module: Any, decoded: Tensor, library: Tensor, output: Output, generat
 
 def _as_anndata(blocks: list[Any], obs: pd.DataFrame, genes: list[str], control: str) -> AnnData:
     x = stack_rows(blocks) if sp.issparse(blocks[0]) else np.concatenate(blocks)
-    return AnnData(X=x.astype(np.float32, copy=False), obs=obs, var=pd.DataFrame(index=genes), uns={CONTROL_UNS_KEY: control})
+    return AnnData(
+        X=x.astype(np.float32, copy=False), obs=obs, var=pd.DataFrame(index=genes), uns={CONTROL_UNS_KEY: control}
+    )
