@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,33 @@ def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
     sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]
     return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def weighted_sums(matrix: Any, weights: Any, *functions: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """Return weighted sums over cells of functions of the values, with no second copy of the matrix.
+
+    Parameters
+    ----------
+    matrix
+        Values in any storage, shape ``(n_cells, n_genes)``.
+    weights
+        Sparse weights of the cells, shape ``(n_cells, n_groups)``.
+    functions
+        Functions of an array of values, in float64, that are 0 at 0.
+
+    Returns
+    -------
+    For each function a float64 array of shape ``(n_groups, n_genes)``.
+    """
+    of_cell = sp.csr_matrix(weights)
+    sums = [np.zeros((of_cell.shape[1], matrix.shape[1])) for _ in functions]
+    for start, block in iter_blocks(matrix, GROUPED_BLOCK_SIZE):
+        rows = sp.csr_matrix(of_cell[start : start + block.shape[0]].T)
+        values = block.data.astype(np.float64)
+        for total, function in zip(sums, functions, strict=True):
+            block.data = function(values).astype(np.float64, copy=False)
+            total += (rows @ block).toarray()
+    return sums
 
 
 def log_normalize(block: sp.csr_matrix) -> sp.csr_matrix:

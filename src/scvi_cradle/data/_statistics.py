@@ -231,7 +231,7 @@ def _references(
 
 
 def _means(block: sp.csr_matrix) -> np.ndarray:
-    return np.asarray(block.sum(axis=0, dtype=np.float64)).ravel() / block.shape[0]
+    return (np.ones(block.shape[0]) @ block) / block.shape[0]
 
 
 def medians(block: sp.csr_matrix, width: int = 2_048) -> np.ndarray:
