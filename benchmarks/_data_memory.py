@@ -19,7 +19,7 @@ import scipy.sparse as sp
 
 N_CELLS, N_GENES, DENSITY = 111_255, 19_018, 0.16
 N_TREATMENTS = 105
-QUICK_CELLS = (10_000, 20_000)
+QUICK_CELLS = (8_000, 16_000)
 GB = 1e9
 DTYPES = ("float32", "uint16")
 
@@ -30,7 +30,7 @@ def measure_data_memory(quick: bool = False) -> dict[str, Any]:  # noqa: FBT001,
     Parameters
     ----------
     quick
-        10,000 and 20,000 cells, from which 111,255 are reckoned by a straight line, instead of 111,255.
+        8,000 and 16,000 cells, from which 111,255 are reckoned by a straight line, instead of 111,255.
 
     Returns
     -------
