@@ -95,6 +95,7 @@ def training_statistics(
     """
     rng = np.random.default_rng(seed)
     matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    matrix = to_csr(matrix) if sp.issparse(matrix) else matrix
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
     mean, variance, share, totals = _moments(matrix, train_indices, log=log)
