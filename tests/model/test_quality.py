@@ -22,7 +22,8 @@ def test_axes_are_the_principal_ones_of_half_of_the_cells(storage, n_cells):
     assert variance == pytest.approx((values[order[half:]] @ expected.T).var(axis=0).sum(), rel=1e-9)
 
 
-def test_cells_without_variance_have_no_axes():
-    axes, variance = principal_variance(np.ones((50, 4)), np.random.default_rng(0))
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_cells_without_variance_have_no_axes(value):
+    axes, variance = principal_variance(np.full((50, 4), value), np.random.default_rng(0))
     assert axes.shape == (0, 4)
     assert variance == 1e-12

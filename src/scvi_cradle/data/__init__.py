@@ -1,6 +1,6 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
-from scvi_cradle.data._device import DeviceDataSplitter, LoadOnDevice
+from scvi_cradle.data._device import DeviceDataSplitter
 from scvi_cradle.data._fields import (
     ArtifactField,
     DosageField,
@@ -22,7 +22,6 @@ __all__ = [
     "ArtifactField",
     "DeviceDataSplitter",
     "DosageField",
-    "LoadOnDevice",
     "PairedSplitter",
     "PerturbationField",
     "SetupArguments",

@@ -18,7 +18,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from scvi_cradle._matrix import BLOCK_SIZE, to_csr
 from scvi_cradle.data._statistics import rows_of
 
-LoadOnDevice = Literal["auto"] | bool
 SHARE_OF_FREE = 0.5
 """Data move to a GPU by themselves if they take no more than this share of its free memory."""
 KNOWN_OPTIONS = {"batch_size", "distributed_sampler", "num_workers", "persistent_workers"}
@@ -108,7 +107,9 @@ class DeviceDataSplitter(DataSplitter):
         Further arguments of :class:`scvi.dataloaders.DataSplitter`.
     """
 
-    def __init__(self, adata_manager: AnnDataManager, *, load_on_device: LoadOnDevice = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, adata_manager: AnnDataManager, *, load_on_device: bool | Literal["auto"] = "auto", **kwargs: Any
+    ) -> None:
         super().__init__(adata_manager, **kwargs)
         self.load_on_device = load_on_device
         self.fields: dict[str, SparseRows | Tensor] | None = None

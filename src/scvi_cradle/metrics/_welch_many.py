@@ -134,7 +134,7 @@ def _checked(x: Any, name: str) -> sp.csr_matrix:
 
 
 def _weights(weights: Any, name: str, n_cells: int) -> sp.csc_matrix:
-    w = sp.csc_matrix(_checked(weights, name), dtype=np.float64, copy=True)
+    w = sp.csc_matrix(_checked(weights, name), dtype=np.float64)
     if w.shape[0] != n_cells or (w.data < 0).any():
         msg = f"`{name}` must hold one weight, not negative, for each of {n_cells} cells; received shape {w.shape} or values below 0."
         raise ValueError(msg)

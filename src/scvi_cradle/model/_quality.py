@@ -25,7 +25,7 @@ from scvi_cradle.module.base import Pairs
 MAX_CELLS = 1_500
 MIN_CELLS = 40
 BLOCK_OF_CELLS, BLOCK_OF_GENES = 100, 1_000
-NO_AXIS = 1e-10  # share of the largest eigenvalue: smaller ones are rounding
+NO_AXIS = 1e-10  # share of the sum of squares: variance below it is rounding
 N_COMPONENTS = 10
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = 0.5
@@ -290,11 +290,12 @@ def principal_variance(values: Any, rng: np.random.Generator) -> tuple[np.ndarra
     for start in range(0, fitted.shape[1], BLOCK_OF_GENES):
         block = fitted[:, start : start + BLOCK_OF_GENES].toarray()
         products += block @ block.T
+    smallest = NO_AXIS * np.trace(products)
     products -= products.mean(axis=0)
     products -= products.mean(axis=1, keepdims=True)
     squares, vectors = np.linalg.eigh(products)
     squares, vectors = squares[::-1], vectors[:, ::-1]
-    kept = min(N_COMPONENTS, half - 1, int((squares > NO_AXIS * squares[0]).sum()))
+    kept = min(N_COMPONENTS, half - 1, int((squares > smallest).sum()))
     # the vectors are orthogonal to 1, so that centred and given values have the same products with them
     axes = (fitted.T @ (vectors[:, :kept] / np.sqrt(squares[:kept]))).T
     return axes, max(float((values[order[half:]] @ axes.T).var(0).sum()), 1e-12)

@@ -12,7 +12,7 @@ from scvi.model.base import UnsupervisedTrainingMixin
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_one_of, check_positive
-from scvi_cradle.data import DeviceDataSplitter, LoadOnDevice, TrainingStatistics, split_indices, training_statistics
+from scvi_cradle.data import DeviceDataSplitter, TrainingStatistics, split_indices, training_statistics
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
@@ -44,7 +44,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
-        load_on_device: LoadOnDevice = "auto",
+        load_on_device: bool | Literal["auto"] = "auto",
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -158,7 +158,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         """Return further arguments of the model's data splitter; an error for a split that it cannot use."""
         return {}
 
-    def _placement(self, load_on_device: LoadOnDevice) -> dict[str, Any]:
+    def _placement(self, load_on_device: bool | Literal["auto"]) -> dict[str, Any]:
         """Return where the data splitter is to keep the cells."""
         check_one_of("load_on_device", load_on_device, ("auto", True, False))
         if issubclass(self._data_splitter_cls, DeviceDataSplitter):
