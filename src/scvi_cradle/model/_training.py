@@ -116,7 +116,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             batch_size=batch_size,
         )
         self._check_training_controls(split[0])
-        splitter = self._splitter_arguments(split) | self._placement(load_on_device)
+        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device)
         n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(n_cells / batch_size)
@@ -158,7 +158,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         """Return further arguments of the model's data splitter; an error for a split that it cannot use."""
         return {}
 
-    def _placement(self, load_on_device: bool | Literal["auto"]) -> dict[str, Any]:
+    def _placement(self, *, load_on_device: bool | Literal["auto"]) -> dict[str, Any]:
         """Return where the data splitter is to keep the cells."""
         check_one_of("load_on_device", load_on_device, ("auto", True, False))
         if issubclass(self._data_splitter_cls, DeviceDataSplitter):
