@@ -203,3 +203,29 @@ def test_without_failed_cells_there_is_no_reference(screen):
     assert found.reference_profiles.shape == (0, N_GENES)
     assert found.pools == ()
     assert not found.libraries["artifact"].any()
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("signs", [(0, 4), (-3, 4), (-3, 1)], ids=["counts", "both signs", "not positive"])
+def test_medians_of_sparse_columns(n_cells, signs):
+    rng = np.random.default_rng(n_cells)
+    dense = rng.integers(*signs, (n_cells, 300)) * (rng.random((n_cells, 300)) < np.linspace(0, 1, 300))
+    dense = dense + np.sign(dense) * 0.25
+    expected = np.median(dense, axis=0)
+    assert (expected == 0).any()
+    assert (expected != 0).any()
+    np.testing.assert_array_equal(_statistics.medians(sp.csr_matrix(dense), width=64), expected)
+
+
+def test_medians_of_nothing_and_of_stored_zeros():
+    assert _statistics.medians(sp.csr_matrix((4, 3))).tolist() == [0.0] * 3
+    stored = sp.csr_matrix((np.array([0.0, 0.0, 5.0, 2.0, 2.0]), [0, 0, 0, 1, 1], [0, 1, 2, 5]), shape=(3, 2))
+    assert _statistics.medians(stored).tolist() == np.median(stored.toarray(), axis=0).tolist() == [0.0, 0.0]
+    assert _statistics.medians(stored[2]).tolist() == [5.0, 4.0]
+
+
+def test_pools_are_left_out_if_not_asked_for(screen):
+    adata, train, *_ = screen
+    found, kept = learn(adata, train, keep_pools=False)[0], learn(adata, train)[0]
+    assert found.pools == ()
+    assert (found.reference_profiles != kept.reference_profiles).nnz == 0

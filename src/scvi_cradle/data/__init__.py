@@ -1,5 +1,6 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
+from scvi_cradle.data._device import DeviceDataSplitter
 from scvi_cradle.data._fields import (
     ArtifactField,
     DosageField,
@@ -19,6 +20,7 @@ from scvi_cradle.data._weighted import WeightedSplitter
 
 __all__ = [
     "ArtifactField",
+    "DeviceDataSplitter",
     "DosageField",
     "PairedSplitter",
     "PerturbationField",

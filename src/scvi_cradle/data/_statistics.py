@@ -12,7 +12,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._matrix import BLOCK_SIZE, to_csr
 
 MAX_LIBRARIES = 10_000
 MAX_REFERENCE_CELLS = 1_000
@@ -41,7 +41,7 @@ class TrainingStatistics:
     reference_labels, reference_profiles
         Codes of the labels with failed training cells, and their gene-wise medians (or means) of counts as CSR.
     pools
-        Failed training cells of each of these labels (at most 1,000, a seeded sample), as CSR.
+        Failed training cells of each of these labels (at most 1,000, a seeded sample), as CSR; empty if not asked for.
     """
 
     input_mean: np.ndarray
@@ -67,6 +67,7 @@ def training_statistics(
     log: bool = True,
     statistic: str = "median",
     sources: np.ndarray | None = None,
+    keep_pools: bool = True,
     seed: int = 0,
 ) -> TrainingStatistics:
     """Compute the statistics of the training cells in one pass over blocks of rows.
@@ -87,17 +88,20 @@ def training_statistics(
         ``"median"`` or ``"mean"``: how the failed cells of a label make its reference profile.
     sources
         Which labels the sample of libraries is drawn from, shape ``(n_labels,)``; default: all.
+    keep_pools
+        Whether to return the failed cells that profiles are made from.
     seed
         Seed of the samples of libraries and of pools above 1,000 cells.
     """
     rng = np.random.default_rng(seed)
     matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    matrix = to_csr(matrix) if sp.issparse(matrix) else matrix
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
     mean, variance, share, totals = _moments(matrix, train_indices, log=log)
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
-    labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng)
+    labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng, keep_pools=keep_pools)
     return TrainingStatistics(
         input_mean=mean,
         input_std=np.where(variance > MIN_VARIANCE, np.sqrt(variance), 1.0),
@@ -128,16 +132,21 @@ def column(manager: AnnDataManager, key: str) -> np.ndarray:
 
 def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
     """Return rows of any storage as CSR; backed storage wants sorted positions."""
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        return to_csr(matrix[indices])
     order = np.argsort(indices, kind="stable")
     block = to_csr(matrix[indices[order]])
     return block[np.argsort(order, kind="stable")]
 
 
-def _moments(matrix: Any, indices: np.ndarray, block_size: int = 4096, *, log: bool = True) -> tuple[np.ndarray, ...]:
+def _moments(
+    matrix: Any, indices: np.ndarray, block_size: int = BLOCK_SIZE, *, log: bool = True
+) -> tuple[np.ndarray, ...]:
     n_genes = matrix.shape[1]
     first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
     for start in range(0, len(indices), block_size):
-        block = rows_of(matrix, indices[start : start + block_size]).astype(np.float64)
+        block = rows_of(matrix, indices[start : start + block_size])
+        block.data = block.data.astype(np.float64)
         totals.append(np.asarray(block.sum(axis=1)).ravel())
         counts += np.asarray(block.sum(axis=0)).ravel()
         if log:
@@ -205,6 +214,8 @@ def _references(
     failed: np.ndarray,
     statistic: str,
     rng: np.random.Generator,
+    *,
+    keep_pools: bool,
 ) -> tuple[np.ndarray, sp.csr_matrix, tuple[sp.csr_matrix, ...]]:
     labels, profiles, pools = np.unique(codes[failed]), [], []
     for label in labels:
@@ -212,9 +223,32 @@ def _references(
         if len(rows) > MAX_REFERENCE_CELLS:
             rows = np.sort(rng.choice(rows, MAX_REFERENCE_CELLS, replace=False))
         pool = rows_of(matrix, indices[rows])
-        dense = pool.toarray()
-        profile = np.median(dense, axis=0) if statistic == "median" else dense.mean(axis=0)
+        profile = medians(pool) if statistic == "median" else _means(pool)
         profiles.append(sp.csr_matrix(profile.astype(np.float32)))
-        pools.append(pool)
+        if keep_pools:
+            pools.append(pool)
     stacked = sp.vstack(profiles, format="csr") if profiles else sp.csr_matrix((0, matrix.shape[1]), dtype=np.float32)
     return labels, stacked, tuple(pools)
+
+
+def _means(block: sp.csr_matrix) -> np.ndarray:
+    return (np.ones(block.shape[0]) @ block) / block.shape[0]
+
+
+def medians(block: sp.csr_matrix, width: int = 2_048) -> np.ndarray:
+    """Return the median of every column; only columns whose median may not be 0 are made dense, ``width`` at a time.
+
+    The zeros of a column stand between its negative and its positive values, so that its median is 0 where fewer than half
+    of its values are negative and fewer than half positive.
+    """
+    columns = sp.csc_matrix(block)
+    columns.sum_duplicates()
+    below, above = (
+        np.diff(np.concatenate([[0], np.cumsum(sign)])[columns.indptr]) for sign in (columns.data < 0, columns.data > 0)
+    )
+    result = np.zeros(columns.shape[1])
+    decided = np.flatnonzero(2 * np.maximum(below, above) >= columns.shape[0])
+    for start in range(0, len(decided), width):
+        some = decided[start : start + width]
+        result[some] = np.median(columns[:, some].toarray(), axis=0)
+    return result

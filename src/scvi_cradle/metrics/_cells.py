@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._matrix import iter_blocks, log_normalize, to_csr
+from scvi_cradle._matrix import GROUPED_BLOCK_SIZE, iter_blocks, log_normalize, to_csr
 from scvi_cradle._validation import preview
 from scvi_cradle.metrics._effects import read_counts, read_labels
 
@@ -100,7 +100,7 @@ class Cells:
         n = len(self.labels)
         codes = [self.codes + n * part for part in parts]
         totals = [np.zeros((n_parts * n, len(self.genes))) for _ in parts]
-        for start, raw in iter_blocks(self.matrix):
+        for start, raw in iter_blocks(self.matrix, GROUPED_BLOCK_SIZE):
             block = log_normalize(raw)
             cells = np.arange(block.shape[0])
             for code, total in zip(codes, totals, strict=True):

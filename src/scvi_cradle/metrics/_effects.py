@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from scvi_cradle._constants import CONTROL_UNS_KEY
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, get_matrix, iter_blocks, log_normalize
+from scvi_cradle._matrix import GROUPED_BLOCK_SIZE, check_counts, get_matrix, iter_blocks, log_normalize
 from scvi_cradle._validation import check_key, check_one_of, check_unique_names, preview
 
 EffectMethod: TypeAlias = Literal["perturbseq", "mean"]
@@ -60,7 +60,7 @@ def group_sums(matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectM
     """
     shape = (n_groups, matrix.shape[1])
     total, total_of_squares = np.zeros(shape), np.zeros(shape)
-    for start, raw in iter_blocks(matrix):
+    for start, raw in iter_blocks(matrix, GROUPED_BLOCK_SIZE):
         group = codes[start : start + raw.shape[0]]
         cells = np.flatnonzero(group >= 0)
         if not len(cells):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._matrix import to_csr, weighted_sums
 from scvi_cradle._validation import check_one_of
 from scvi_cradle.metrics._welch import ROUNDING, UNUSABLE, Moments, Variance, compare, degrees, moments
 
@@ -55,10 +55,9 @@ def welch_tests(
     if w.shape != v.shape:
         msg = f"`test` and `reference` must have one column for each category; received {w.shape[1]} and {v.shape[1]}."
         raise ValueError(msg)
-    squared = x.power(2)
-    a = _all_moments(x, squared, w, variance)
+    a = _all_moments(x, w, variance)
     first, of_category = _distinct(v)
-    b = Moments(*(m[of_category] for m in _all_moments(x, squared, v[:, first], variance)))
+    b = Moments(*(m[of_category] for m in _all_moments(x, v[:, first], variance)))
     if floor is not None:
         a = a._replace(variance=np.where(floor, np.maximum(a.variance, b.variance), a.variance))
     return {**compare(a, b), "n_eff": a.n_eff.ravel()}
@@ -78,18 +77,16 @@ def _distinct(weights: sp.csc_matrix) -> tuple[list[int], np.ndarray]:
     return first, of_category
 
 
-def _all_moments(x: sp.csr_matrix, squared: sp.csr_matrix, weights: sp.csc_matrix, variance: Variance) -> Moments:
+def _all_moments(x: sp.csr_matrix, weights: sp.csc_matrix, variance: Variance) -> Moments:
     scaled = _scaled(weights)
     if variance == "frequency":
         scaled, kish = weights, scaled
     else:
         kish = scaled
     first, second, one, two = (_sums(m) for m in (scaled, scaled.power(2), kish, kish.power(2)))
-    rows = sp.csr_matrix(scaled.T)
     total = np.where(first > 0, first, 1.0)
-    sums, size = (rows @ m for m in (x, squared))
-    mean = sums.toarray() / total
-    size = size.toarray()
+    sums, size = weighted_sums(x, scaled, np.positive, np.square)
+    mean = sums / total
     squares = size - mean**2 * total
     _take_again(x, scaled, mean, squares, size)
     np.copyto(squares, 0.0, where=squares <= ROUNDING * size)
@@ -107,7 +104,8 @@ def _take_again(
     for category in np.flatnonzero(suspect.any(axis=1)):
         cells = slice(weights.indptr[category], weights.indptr[category + 1])
         genes = np.flatnonzero(suspect[category])
-        exact = moments(x[weights.indices[cells]][:, genes], weights.data[cells], "biased")
+        values = x[weights.indices[cells]][:, genes].astype(np.float64)
+        exact = moments(values, weights.data[cells], "biased")
         mean[category, genes] = exact.mean
         squares[category, genes] = exact.variance * weights.data[cells].sum()
 
@@ -125,7 +123,7 @@ def _sums(weights: sp.csc_matrix) -> np.ndarray:
 
 
 def _checked(x: Any, name: str) -> sp.csr_matrix:
-    matrix = to_csr(x).astype(np.float64)
+    matrix = to_csr(x)
     if not matrix.has_canonical_format:
         matrix = matrix.copy()
         matrix.sum_duplicates()
@@ -136,7 +134,7 @@ def _checked(x: Any, name: str) -> sp.csr_matrix:
 
 
 def _weights(weights: Any, name: str, n_cells: int) -> sp.csc_matrix:
-    w = sp.csc_matrix(_checked(weights, name))
+    w = sp.csc_matrix(_checked(weights, name), dtype=np.float64)
     if w.shape[0] != n_cells or (w.data < 0).any():
         msg = f"`{name}` must hold one weight, not negative, for each of {n_cells} cells; received shape {w.shape} or values below 0."
         raise ValueError(msg)

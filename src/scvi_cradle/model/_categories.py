@@ -10,6 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from scvi_cradle._loop_settings import LoopSettings
+from scvi_cradle._matrix import weighted_sums
 from scvi_cradle.metrics import kish_effective_size
 from scvi_cradle.metrics._welch_many import welch_tests
 
@@ -191,7 +192,8 @@ def gene_tests(
 def _sparse_genes(x: sp.csr_matrix, screen: Screen, weights: np.ndarray) -> np.ndarray:
     """Return for which categories and genes few test cells would express a gene at the rate of controls."""
     of_control = screen.matrix(np.ones(len(screen.control_row)), controls=True)
-    rate = (of_control.T @ (x > 0)).toarray() / np.maximum(np.asarray(of_control.sum(axis=0)).reshape(-1, 1), 1)
+    (n_expressing,) = weighted_sums(x, of_control, lambda values: values > 0)
+    rate = n_expressing / np.maximum(np.asarray(of_control.sum(axis=0)).reshape(-1, 1), 1)
     n_eff = [kish_effective_size(w) for w in screen.split(weights)]
     return rate * np.reshape(n_eff, (-1, 1)) < MIN_EXPRESSING
 

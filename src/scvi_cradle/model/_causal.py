@@ -276,7 +276,7 @@ class CausalMixin(ControlPairsMixin):
             "invariant": self.get_latent_representation(data, positions, component="invariant"),
             "responsive (given the label)": self.get_latent_representation(data, positions, component="responsive"),
             "hidden": self.get_latent_representation(data, positions, component="hidden"),
-            "expression": self._comparable(manager.get_from_registry("X")[positions]),
+            "expression": self._comparable(manager.get_from_registry("X")[positions]).toarray(),
         }
         n_components = min(N_COMPONENTS, len(positions) // 2, len(self._genes))
         rows = {

@@ -16,6 +16,7 @@ from scvi import settings
 from torch import Generator, Tensor
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL, KEYS
+from scvi_cradle._matrix import stack_rows
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel, check_indices
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
@@ -314,5 +315,7 @@ def _emit(module: Any, decoded: Tensor, library: Tensor, output: Output, generat
 
 
 def _as_anndata(blocks: list[Any], obs: pd.DataFrame, genes: list[str], control: str) -> AnnData:
-    x = sp.vstack(blocks, format="csr") if sp.issparse(blocks[0]) else np.concatenate(blocks)
-    return AnnData(X=x.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes), uns={CONTROL_UNS_KEY: control})
+    x = stack_rows(blocks) if sp.issparse(blocks[0]) else np.concatenate(blocks)
+    return AnnData(
+        X=x.astype(np.float32, copy=False), obs=obs, var=pd.DataFrame(index=genes), uns={CONTROL_UNS_KEY: control}
+    )

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from scvi_cradle._constants import KEYS
 from scvi_cradle._loop_settings import LoopSettings, loop_settings
 from scvi_cradle._loop_settings import plain as _plain
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._matrix import iter_blocks, row_sums, to_csr
 from scvi_cradle._validation import check_positive, preview
 from scvi_cradle.model._base import cells_hash
 from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights
@@ -155,7 +155,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         self._check_training_controls(split[0])
         screen = self._make_screen(split)
         self._check_loop(screen, chosen, train_kwargs)
-        x = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)).astype(np.float64)
+        x = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY))
         identity = {"settings": chosen.as_dict(), "seed": int(seed), "data": self._data_hash(x, split, screen)}
         identity |= {
             "architecture": _plain(self._architecture),
@@ -315,7 +315,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
         digest = hashlib.sha256(cells_hash(self.adata).encode())
         names = [*self._genes, *(f"{t}\t{c}" for t, c in zip(screen.target, screen.cell_type, strict=True))]
         digest.update("\n".join(names).encode())
-        arrays = (x.sum(axis=0), x.sum(axis=1), *split, screen.row, screen.category, screen.control_row, screen.prior)
+        sums = (sum(np.ones(block.shape[0]) @ block for _, block in iter_blocks(x)), row_sums(x))
+        arrays = (*sums, *split, screen.row, screen.category, screen.control_row, screen.prior)
         for values in (*arrays, screen.guide):
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()

@@ -95,7 +95,7 @@ class NullMixin(MovedEffectsMixin):
         chosen = loop_settings("recommended", **(loop["settings"] | known))
         controls = self._null_controls()
         n_fake = self._null_size(n_cells, len(controls), n_targets if whole_loop else 1)
-        matrix = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY))[controls].astype(np.float64)
+        matrix = to_csr(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY))[controls]
         common = matrix.getnnz(axis=0) >= min_expressed * len(controls)
         rng = np.random.default_rng(seed)
         if whole_loop:

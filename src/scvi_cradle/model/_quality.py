@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from anndata import AnnData, concat
 from mudata import MuData
@@ -23,6 +24,8 @@ from scvi_cradle.module.base import Pairs
 
 MAX_CELLS = 1_500
 MIN_CELLS = 40
+BLOCK_OF_CELLS, BLOCK_OF_GENES = 100, 1_000
+NO_AXIS = 1e-10  # share of the sum of squares: variance below it is rounding
 N_COMPONENTS = 10
 COLLAPSE_NATS = 0.1
 MIN_VARIANCE_RATIO = 0.5
@@ -88,29 +91,24 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         cells = np.sort(rng.choice(cells, min(MAX_CELLS, len(cells)), replace=False))
         axes, real = principal_variance(self._comparable(self.adata_manager.get_from_registry("X")[cells]), rng)
         generated, noise = (
-            (self._prior_expression(self._table.labels[label], max(500, len(cells)), seed, vary=v) @ axes.T)
-            .var(0)
-            .sum()
+            self._prior_variance(axes, self._table.labels[label], max(500, len(cells)), seed, vary=v)
             for v in (True, False)
         )
-        expected = self._prior_expression(self._table.labels[label], max(500, len(cells)), seed, sample=False) @ axes.T
-        result = {
-            "variance_ratio": float(generated / real),
-            "expected_variance_ratio": float(expected.var(0).sum() / real),
-        }
+        expected = self._prior_variance(axes, self._table.labels[label], max(500, len(cells)), seed, sample=False)
+        result = {"variance_ratio": float(generated / real), "expected_variance_ratio": float(expected / real)}
         if noise > 1e-6 * real and real - noise > MIN_STATE_VARIANCE * real:
             result["state_variance_ratio"] = float((generated - noise) / (real - noise))
         return result
 
-    def _comparable(self, matrix: Any) -> np.ndarray:
+    def _comparable(self, matrix: Any) -> sp.csr_matrix:
         """Return expression on the scale of comparisons: log-normalised counts, or other values as they are."""
         values = to_csr(matrix)
-        return np.asarray((log_normalize(values) if self.module.decoder.likelihood.counts else values).toarray())
+        return log_normalize(values) if self.module.decoder.likelihood.counts else values
 
-    def _prior_expression(
-        self, label: str, n_samples: int, seed: int, *, vary: bool = True, sample: bool = True
-    ) -> np.ndarray:
-        """Generate artifact-free cells of one label on the scale of comparisons.
+    def _prior_variance(
+        self, axes: np.ndarray, label: str, n_samples: int, seed: int, *, vary: bool = True, sample: bool = True
+    ) -> float:
+        """Return the variance along axes of artifact-free cells generated of one label, on the scale of comparisons.
 
         ``vary=False``: without variation of state; ``sample=False``: expected values, without observation noise.
         """
@@ -122,8 +120,12 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         noise = self._draw_noise(self._library_pool, draw.rows, generator, vary=vary)
         decoded = decode_prior(module, Pairs.from_members(members), tensors, noise, generator=generator)
         likelihood = module.decoder.likelihood
-        mean = likelihood.mean(decoded, torch.as_tensor(draw.total, device=module.device)[:, None])
-        return self._comparable((likelihood.sample(mean, generator) if sample else mean).cpu().numpy())
+        values = likelihood.mean(decoded, torch.as_tensor(draw.total, device=module.device)[:, None])
+        del decoded
+        if sample:
+            values = likelihood.sample(values, generator)
+        blocks = [self._comparable(block.cpu().numpy()) @ axes.T for block in values.split(BLOCK_OF_CELLS)]
+        return float(np.concatenate(blocks).var(0).sum())
 
     def _diagnostic_warnings(self, diagnostics: dict[str, float]) -> list[str]:
         """Return one sentence per sign of a collapsed basal state."""
@@ -269,18 +271,31 @@ def failed_cells(manager: Any, positions: np.ndarray) -> np.ndarray:
     return np.asarray(manager.get_from_registry(KEYS.ARTIFACT)).ravel()[positions] > 0
 
 
-def principal_variance(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def principal_variance(values: Any, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """Return principal axes of one half of the cells, ``(n_axes, n_genes)``, and the variance of the other half along them.
+
+    The axes come from the products between cells, which are added up over blocks of genes.
 
     Parameters
     ----------
     values
-        Expression, shape ``(n_cells, n_genes)``.
+        Expression, shape ``(n_cells, n_genes)``: sparse matrix or array.
     rng
         Splits the cells.
     """
-    order = rng.permutation(len(values))
+    order = rng.permutation(values.shape[0])
     half = len(order) // 2
-    fitted = values[order[:half]] - values[order[:half]].mean(0)
-    axes = np.linalg.svd(fitted, full_matrices=False)[2][: min(N_COMPONENTS, half - 1)]
+    fitted = sp.csc_matrix(values[order[:half]], dtype=np.float64)
+    products = np.zeros((half, half))
+    for start in range(0, fitted.shape[1], BLOCK_OF_GENES):
+        block = fitted[:, start : start + BLOCK_OF_GENES].toarray()
+        products += block @ block.T
+    smallest = NO_AXIS * np.trace(products)
+    products -= products.mean(axis=0)
+    products -= products.mean(axis=1, keepdims=True)
+    squares, vectors = np.linalg.eigh(products)
+    squares, vectors = squares[::-1], vectors[:, ::-1]
+    kept = min(N_COMPONENTS, half - 1, int((squares > smallest).sum()))
+    # the vectors are orthogonal to 1, so that centred and given values have the same products with them
+    axes = (fitted.T @ (vectors[:, :kept] / np.sqrt(squares[:kept]))).T
     return axes, max(float((values[order[half:]] @ axes.T).var(0).sum()), 1e-12)

@@ -12,7 +12,7 @@ from scvi.model.base import UnsupervisedTrainingMixin
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_one_of, check_positive
-from scvi_cradle.data import TrainingStatistics, split_indices, training_statistics
+from scvi_cradle.data import DeviceDataSplitter, TrainingStatistics, split_indices, training_statistics
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
@@ -27,6 +27,7 @@ PLAN_ARGUMENTS = (
 class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
     """``train`` of the models."""
 
+    _data_splitter_cls = DeviceDataSplitter
     _training_plan_cls: type[PerturbationTrainingPlan] = PerturbationTrainingPlan
 
     def train(
@@ -43,6 +44,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
+        load_on_device: bool | Literal["auto"] = "auto",
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -76,6 +78,11 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             The random split, as in scvi-tools.
         early_stopping
             Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed.
+        load_on_device
+            Whether to keep the counts on the device of training, as CSR (8 bytes per non-zero value), and to make them dense
+            there batch by batch; the batches are the same. ``"auto"``: on a CUDA device, if they take at most half of its
+            free memory. Backed data, several processes and special ``datasplitter_kwargs`` always take the usual loaders, as
+            do PerturbedVAE and QuantileHurdleAE, for which True is an error.
         plan_kwargs
             Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
         datasplitter_kwargs
@@ -89,7 +96,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         KeyError
             If there is no column ``split_key``.
         ValueError
-            If the split is not one, or leaves no control cell for training.
+            If the split is not one, or leaves no control cell for training; for ``load_on_device=True`` with a model that
+            loads cells in its own way.
         """
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
@@ -108,7 +116,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             batch_size=batch_size,
         )
         self._check_training_controls(split[0])
-        splitter = self._splitter_arguments(split)
+        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device)
         n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(n_cells / batch_size)
@@ -150,6 +158,16 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         """Return further arguments of the model's data splitter; an error for a split that it cannot use."""
         return {}
 
+    def _placement(self, *, load_on_device: bool | Literal["auto"]) -> dict[str, Any]:
+        """Return where the data splitter is to keep the cells."""
+        check_one_of("load_on_device", load_on_device, ("auto", True, False))
+        if issubclass(self._data_splitter_cls, DeviceDataSplitter):
+            return {"load_on_device": load_on_device}
+        if load_on_device is True:
+            msg = f"{type(self).__name__} loads cells in its own way and keeps none on the device; received load_on_device=True: leave it out."
+            raise ValueError(msg)
+        return {}
+
     def _stopping_arguments(self, max_epochs: int) -> dict[str, Any]:
         """Return how early stopping follows the training of this model."""
         return {}
@@ -179,6 +197,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             log=self.module.log_input,
             statistic=self.module.references.statistic if self.module.has_artifact else "median",
             sources=self._sources(),
+            keep_pools=self.module.has_artifact and self.module.references.resample,
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))

@@ -96,8 +96,8 @@ class NegativeBinomialLikelihood(CountLikelihood):
 
     def sample(self, mean: Tensor, generator: Generator) -> Tensor:
         """Draw counts: ``Poisson(Gamma(theta) mean / theta)``."""
-        shape = self.theta.expand_as(mean).contiguous()
-        rate = torch._standard_gamma(shape, generator=generator) * (mean / self.theta)
+        rate = torch._standard_gamma(self.theta.expand_as(mean).contiguous(), generator=generator)
+        rate *= mean / self.theta  # in place: cells x genes
         return torch.poisson(rate, generator=generator)
 
 
