@@ -62,7 +62,7 @@ class EffectDraw(NamedTuple):
     def to_cells(self, values: Tensor, pairs: Pairs) -> Tensor:
         """Sum dose times row over the pairs of each cell: ``(P, n_rows, k)`` to ``(P, n_cells, k)``."""
         cells = values.new_zeros(values.shape[0], pairs.n_cells, values.shape[2])
-        return cells.index_add(1, pairs.cell, values.index_select(1, self.row_of_pair) * pairs.dose[:, None])
+        return cells.index_add(1, pairs.cell, values.index_select(1, self.row_of_pair) * pairs.dose[:, None].to(values))
 
     def shares(self, pairs: Pairs, n_obs_per_treatment: Tensor) -> Tensor:
         """Return what every cell carries of the divergences of its treatments, shape ``(n_particles or 1, n_cells)``.

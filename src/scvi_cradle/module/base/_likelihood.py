@@ -118,7 +118,7 @@ def _differentiate(
 
 
 class _FusedLogProb(torch.autograd.Function):
-    """Log-likelihoods and the gradient of their weighted sum, in one pass.
+    """Log-likelihoods and the gradient of their weighted sum, in one pass (matrix products in bfloat16 under autocast).
 
     Logits are made for as many cells as ``BLOCK_ELEMENTS`` allows, so that matrix products are large. What is elementwise
     goes over tiles of ``TILE_ELEMENTS`` that stay in the cache and leaves the gradient where the logits were.
@@ -135,37 +135,69 @@ class _FusedLogProb(torch.autograd.Function):
         library: Tensor,
         row_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        n_particles, n_cells, n_features = features.shape
-        n_genes, values = len(bias), features.new_empty(n_particles, n_cells)
-        slopes = [torch.zeros_like(v) for v in (features, weight, bias, theta)] if any(ctx.needs_input_grad[:4]) else None
-        d_theta = slopes[3] if slopes else None
-        count_terms = _CountTable(x, theta)
-        block = min(max(1, BLOCK_ELEMENTS // (n_particles * n_genes)), n_cells)
-        tile = max(1, TILE_ELEMENTS // n_genes)
-        buffer = features.new_empty(n_particles * block * n_genes)
-        for start in range(0, n_cells, block):
-            cells = slice(start, min(start + block, n_cells))
-            inputs = features[:, cells].reshape(-1, n_features)
-            logits = torch.addmm(bias, inputs, weight.t(), out=buffer[: len(inputs) * n_genes].view(-1, n_genes))
-            for first in range(start, cells.stop, tile):
-                part = slice(first, min(first + tile, cells.stop))
-                rows, data = slice(part.start - start, part.stop - start), (x[part], library[part], theta, row_weight[part])
-                values[:, part] = count_terms(x[part], row_weight[part] * n_particles, d_theta)
-                for particle, piece in enumerate(logits.view(n_particles, -1, n_genes)[:, rows]):
-                    values[particle, part] += _differentiate(piece, *data, d_theta)
-                    if slopes is not None:
-                        slopes[2].addmv_(piece.t(), row_weight[part])
-            if slopes is not None:
-                w = row_weight[cells].repeat(n_particles)
-                slopes[0][:, cells] = (logits @ weight).mul_(w[:, None]).view(n_particles, -1, n_features)
-                slopes[1].addmm_(logits.t(), inputs * w[:, None])
-        ctx.save_for_backward(*(slopes or ()))
+        features, x = features.to(weight), x.contiguous()  # batches of CSC data are stored by columns
+        device = x.device.type
+        low = torch.bfloat16 if torch.is_autocast_enabled(device) else weight.dtype  # of matrix products
+        with torch.autocast(device, enabled=False):
+            total, values, slopes = _value_and_slopes(
+                features, weight, bias, theta, x, library, row_weight, low=low, needs_slopes=any(ctx.needs_input_grad[:4])
+            )
+        ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(values)
-        return (values * row_weight).sum(), values
+        return total, values
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         return (*(grads[0] * slope for slope in ctx.saved_tensors), None, None, None)
+
+
+def _value_and_slopes(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    theta: Tensor,
+    x: Tensor,
+    library: Tensor,
+    row_weight: Tensor,
+    *,
+    low: torch.dtype,
+    needs_slopes: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return the weighted sum, the log-likelihoods and, if needed, the gradient of the sum by the first four arguments."""
+    n_particles, n_cells, n_features = features.shape
+    n_genes, values = len(bias), features.new_empty(n_particles, n_cells)
+    slopes = tuple(torch.zeros_like(v) for v in (features, weight, bias, theta)) if needs_slopes else ()
+    d_theta = slopes[3] if slopes else None
+    count_terms, low_weight = _CountTable(x, theta), weight.to(low)
+    block = min(max(1, BLOCK_ELEMENTS // (n_particles * n_genes)), n_cells)
+    tile = max(1, TILE_ELEMENTS // n_genes)
+    buffer = features.new_empty(n_particles * block * n_genes)
+    for start in range(0, n_cells, block):
+        cells = slice(start, min(start + block, n_cells))
+        inputs = features[:, cells].reshape(-1, n_features)
+        logits = buffer[: len(inputs) * n_genes].view(-1, n_genes)
+        if low == weight.dtype:
+            torch.addmm(bias, inputs, weight.t(), out=logits)
+        else:
+            torch.add(inputs.to(low) @ low_weight.t(), bias, out=logits)
+        for first in range(start, cells.stop, tile):
+            part = slice(first, min(first + tile, cells.stop))
+            counts, w = x[part], row_weight[part]
+            values[:, part] = count_terms(counts, w * n_particles, d_theta)
+            pieces = logits.view(n_particles, -1, n_genes)[:, part.start - start : part.stop - start]
+            for particle, piece in enumerate(pieces):
+                values[particle, part] += _differentiate(piece, counts, library[part], theta, w, d_theta)
+                if slopes:
+                    slopes[2].addmv_(piece.t(), w)
+        if slopes:
+            w = row_weight[cells].repeat(n_particles)[:, None]
+            low_logits = logits.to(low)  # by now their gradient
+            slopes[0][:, cells] = ((low_logits @ low_weight) * w).view(n_particles, -1, n_features)
+            if low == weight.dtype:
+                slopes[1].addmm_(logits.t(), inputs * w)
+            else:
+                slopes[1].add_(low_logits.t() @ (inputs * w).to(low))
+    return (values * row_weight).sum(), values, slopes
 
 
 def fused_log_prob(
