@@ -53,7 +53,7 @@ class PlainEffects:
         return mask, embedding, q.loc + q.scale * self.normal(n, len(q.loc))
 
     def expression(self, dosage: Tensor, mask: Tensor, embedding: Tensor, vector: Tensor) -> Tensor:
-        """Mean over particles of log-normalised counts without the artifact, shape ``(n_genes,)``."""
+        """Mean over particles of log-normalised counts without the artifact, and its variance, shape ``(2, n_genes)``."""
         n, decoder = len(dosage), self.module.decoder
         z_perturbation = torch.bmm(dosage[:, None], embedding * mask)[:, 0]
         z_basal = self.normal(n, self.module.n_latent)
@@ -65,11 +65,12 @@ class PlainEffects:
             mean = softmax_rates(output, library)
             gamma = torch._standard_gamma(theta.contiguous(), generator=self.generator)
             counts = torch.poisson(gamma * mean / theta, generator=self.generator)
-        return torch.log2(1 + 1e4 * counts / counts.sum(1, keepdim=True).clamp_min(1)).mean(0)
+        value = torch.log2(1 + 1e4 * counts / counts.sum(1, keepdim=True).clamp_min(1))
+        return torch.stack([value.mean(0), value.var(0) / n])
 
     @torch.inference_mode()
     def block(self, treatments: list[int], n: int, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Mean expression of treatments (-1: the control) in one block, shape ``(n_treatments, n_genes)``."""
+        """Mean expression of treatments (-1: the control) in one block, and its variance, ``(n_treatments, 2, n_genes)``."""
         means = []
         for treatment in treatments:
             dosage = torch.zeros(n, self.module.n_treatments)
@@ -79,9 +80,8 @@ class PlainEffects:
         return torch.stack(means)
 
     @torch.inference_mode()
-    def effects(self, treatments: list[int], n_particles: int) -> np.ndarray:
-        """Effects of treatments, shape ``(n_treatments, n_genes)``."""
-        blocks = [min(BLOCK, n_particles - start) for start in range(0, n_particles, BLOCK)]
-        means = [self.block([-1, *treatments], n, self.draw_globals(n)) * n for n in blocks]
-        mean = torch.stack(means).sum(0) / n_particles
-        return (mean[1:] - mean[0]).numpy()
+    def effects(self, treatments: list[int], n_blocks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Effects of treatments and their standard errors from blocks of 500 particles, ``(n_treatments, n_genes)``."""
+        blocks = [self.block([-1, *treatments], BLOCK, self.draw_globals(BLOCK)) for _ in range(n_blocks)]
+        mean, variance = torch.stack(blocks).mean(0).unbind(1)
+        return (mean[1:] - mean[0]).numpy(), ((variance[1:] + variance[0]) / n_blocks).sqrt().numpy()
