@@ -144,7 +144,9 @@ def measure_effects(quick: bool) -> dict[str, Any]:  # noqa: FBT001
     scvi.settings.seed = 0
     model = random_model()
     result: dict[str, Any] = {"difference": check(model, [0, 1], n_blocks=1 if quick else 4)}
-    counts = {"rounds": 3, "n_labels": 12, "n_treatments": 2} if quick else {"rounds": 5, "n_labels": 24, "n_treatments": 4}
+    counts = (
+        {"rounds": 3, "n_labels": 12, "n_treatments": 2} if quick else {"rounds": 5, "n_labels": 24, "n_treatments": 4}
+    )
     result |= time_equal_particles(model, **counts)
     if not quick:
         result["ours_whole_call_s"] = timed(lambda: model.get_average_treatment_effects(n_particles=PARTICLES, seed=0))
@@ -168,10 +170,14 @@ def main() -> None:
     print("| | published, CPU s | here, CPU s | ratio, median (min..max) |\n|---|---|---|---|")
     for name, row in (("paper's sizes, random weights", found), ("trained model, recommended settings", trained)):
         spread = f"{row['ratio']:.1f} ({row['ratio_min']:.1f}..{row['ratio_max']:.1f})"
-        print(f"| {name} | {row['published_s']:.1f} | {row['ours_s']:.1f}, of it the table {row['table_s']:.2f} | {spread} |")
+        print(
+            f"| {name} | {row['published_s']:.1f} | {row['ours_s']:.1f}, of it the table {row['table_s']:.2f} | {spread} |"
+        )
     if "ours_whole_call_s" in found:
         print(f"\nall {TREATMENTS} treatments in one call, not extrapolated: {found['ours_whole_call_s']:.1f} s")
-    print(f"\nvariance per particle, published over here: {variance['trace']:.0f} ({variance['min']:.0f}..{variance['max']:.0f})")
+    print(
+        f"\nvariance per particle, published over here: {variance['trace']:.0f} ({variance['min']:.0f}..{variance['max']:.0f})"
+    )
     print(f"speed at equal error: {found['effects_S_equal_error']:.0f}")
     print(f"largest difference: {found['difference']:.1f}, {found['difference_trained']:.1f} standard errors")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from scvi_cradle.module.base import LogNormalizedExpectation
+from scvi_cradle.module.base import LogNormalizedExpectation, total_count_bias
 from scvi_cradle.module.base._expectation import expected_log1p_scaled
 
 THETAS = np.array([0.02, 0.3, 1.0, 7.0, 300.0])
@@ -159,3 +159,34 @@ def test_nominal_and_realised_library_sizes_differ_where_totals_vary(theta, libr
     gap = np.abs(sampled.mean(0) - exact)
     assert low <= gap.max() < high
     assert (sampled.std(0) / np.sqrt(n)).max() < 0.02
+
+
+@pytest.mark.parametrize(("n_holding", "theta"), [(3, 4.0), (3, 12.0), (40, 1.0)])
+def test_predicted_bias_of_well_expressed_genes_is_that_of_draws(n_holding, theta):
+    """Genes that hold little of the library: the difference is the square of the total's variation over 2 log 2."""
+    rng, n, library = np.random.default_rng(1), 100_000, 1e5
+    share = np.r_[np.full(n_holding, 0.9 / n_holding), np.full(10, 0.01)]
+    dispersion = np.r_[np.full(n_holding, theta), np.full(10, 50.0)]
+    predicted = total_count_bias(torch.as_tensor(share), torch.as_tensor(dispersion), torch.tensor(library)).item()
+    counts = rng.poisson(rng.gamma(dispersion, 1 / dispersion, (n, len(share))) * share * library)
+    nominal = np.log2(1 + 1e4 * counts[:, n_holding:] / library)
+    gap = (np.log2(1 + 1e4 * counts[:, n_holding:] / counts.sum(1, keepdims=True)) - nominal).mean(1)
+    variance = counts.sum(1).var() / library**2
+    assert predicted == pytest.approx(variance / (2 * math.log(2)), rel=0.03)
+    assert gap.mean() == pytest.approx(predicted, rel=4 * variance, abs=4 * gap.std() / math.sqrt(n))
+
+
+def test_table_knows_its_values():
+    theta = torch.tensor([0.5, 2.0])
+    table = LogNormalizedExpectation(theta, LIBRARIES, 1e-8)
+    assert table.is_of(theta.clone(), LIBRARIES.copy(), 1e-8)
+    assert not table.is_of(theta + 1e-3, LIBRARIES, 1e-8)
+    assert not table.is_of(theta, LIBRARIES[:2], 1e-8)
+    assert not table.is_of(theta, LIBRARIES, 0.0)
+
+
+def test_table_adds_the_floor_to_shares():
+    table = LogNormalizedExpectation(torch.ones(1), np.array([1e5]), 1e-4)
+    value = table(torch.tensor([[-40.0], [math.log(2e-4)]]), torch.tensor(0))[:, 0].numpy()
+    expected = [brute_force(mu, 1.0, 0.1) / math.log(2) for mu in (10.0, 30.0)]
+    np.testing.assert_allclose(value, expected, atol=1e-3)

@@ -59,7 +59,8 @@ class EffectsMixin(GenerationMixin):
         library_size
             ``"observed"``: drawn from training cells that passed QC, the same for all labels; a number fixes it.
         share_basal
-            Use the same basal states for treated and control cells (common random numbers).
+            Use the same basal states for treated and control cells, and where counts are sampled the same gamma factors of
+            the negative binomial (common random numbers).
         expectation
             ``"exact"``: the observation noise is integrated out, with ``x / L`` of the drawn library size ``L`` in the
             place of ``x / sum(x)``; the integral is read from a table with an error below 1e-3 log2 units, and library

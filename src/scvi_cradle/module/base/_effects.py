@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 class EffectNoise(NamedTuple):
-    """What drawn effects are functions of, each ``(n_particles, n_pairs, n_latent)``, or None where nothing is drawn.
+    """What drawn effects are functions of, each ``(n_particles, n_pairs, n_latent)``, or of width 0 where nothing is drawn.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ class EffectNoise(NamedTuple):
         Standard normal.
     """
 
-    mask: Tensor | None
-    embedding: Tensor | None
+    mask: Tensor
+    embedding: Tensor
 
 
 class EffectDraw(NamedTuple):
@@ -153,9 +153,12 @@ class TreatmentEffects(nn.Module):
 
     def draw_noise(self, shape: tuple[int, int, int], generator: Generator | None = None) -> EffectNoise:
         """Draw what :meth:`at` needs for effects of a shape ``(n_particles, n_pairs, n_latent)``."""
-        draw = {"generator": generator, "device": next(self.parameters()).device}
-        mask = None if self.mask is None else torch.rand(shape, **draw)
-        return EffectNoise(mask, None if isinstance(self.embedding, PointEmbedding) else torch.randn(shape, **draw))
+        device, none = next(self.parameters()).device, (*shape[:2], 0)
+        is_point = isinstance(self.embedding, PointEmbedding)
+        return EffectNoise(
+            torch.rand(none if self.mask is None else shape, generator=generator, device=device),
+            torch.randn(none if is_point else shape, generator=generator, device=device),
+        )
 
     def at(self, treatment: Tensor, noise: EffectNoise) -> Tensor:
         """Return the effects ``e * m`` of pairs at given noise, ``(n_particles, n_pairs, n_latent)``; no gradient of masks."""

@@ -94,11 +94,15 @@ class NegativeBinomialLikelihood(CountLikelihood):
         """Return the weighted sum of ``log p(x)`` and, without gradient, its terms (see ``fused_log_prob``)."""
         return fused_log_prob(features, layer.weight, layer.bias, self.theta, x, library, weight)
 
-    def sample(self, mean: Tensor, generator: Generator) -> Tensor:
-        """Draw counts: ``Poisson(Gamma(theta) mean / theta)``."""
-        shape = self.theta.expand_as(mean).contiguous()
-        rate = torch._standard_gamma(shape, generator=generator) * (mean / self.theta)
-        return torch.poisson(rate, generator=generator)
+    def draw_dispersion(self, shape: torch.Size, generator: Generator) -> Tensor:
+        """Draw the factors ``Gamma(theta) / theta`` between expected counts and Poisson rates."""
+        theta = self.theta.expand(shape).contiguous()
+        return torch._standard_gamma(theta, generator=generator).div_(theta)
+
+    def sample(self, mean: Tensor, generator: Generator, dispersion: Tensor | None = None) -> Tensor:
+        """Draw counts: ``Poisson(Gamma(theta) / theta * mean)``, with factors drawn before if they are given."""
+        factor = self.draw_dispersion(mean.shape, generator) if dispersion is None else dispersion
+        return torch.poisson(factor * mean, generator=generator)
 
 
 class PoissonLikelihood(CountLikelihood):
