@@ -85,9 +85,9 @@ class EffectsMixin(GenerationMixin):
         -------
         AnnData of shape ``(n_perturbations, n_genes)`` in the order of the request; ``layers["std"]``: standard
         deviation over particles; ``uns``: ``"control"``, ``"expectation"`` (``"exact"`` or ``"sample"``, as it was computed)
-        and, for ``"perturbseq"``, ``"total_count_bias"``, the number behind ``"auto"``. With ``stack``, ``layers["model"]`` and ``layers["shrinkage"]`` are
-        what was averaged, ``layers["shrinkage_std"]`` and ``layers["lfsr"]`` the posterior standard deviations and local
-        false sign rates of the shrinkage, and ``obs["shrinkage_weight"]`` its weight.
+        and, for ``"perturbseq"``, ``"total_count_bias"``, the number behind ``"auto"``. With ``stack``, ``layers["model"]``
+        and ``layers["shrinkage"]`` are what was averaged, ``layers["shrinkage_std"]`` and ``layers["lfsr"]`` the posterior
+        standard deviations and local false sign rates of the shrinkage, and ``obs["shrinkage_weight"]`` its weight.
 
         Raises
         ------
