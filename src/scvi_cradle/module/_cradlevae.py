@@ -277,10 +277,7 @@ class CradleVAEModule(PerturbationModule):
         effect_noise: EffectNoise | None = None,
         generator: Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Return latent parts of new cells: ``z_b = noise``, effects and ``u`` drawn, each ``(P, n_cells, n_latent)``.
-
-        ``noise`` may be shared by cells; there is no part ``"artifact"`` without one.
-        """
+        """Return latent parts of new cells: ``z_b = noise``, effects and, if any, ``u`` drawn, ``(P, n_cells, n_latent)``."""
         parts = {"basal": noise, "perturbation": self.new_effects(pairs, len(noise), effect_noise, generator)}
         if artifact:
             parts["artifact"], _ = self.artifact.draw(len(noise), pairs.n_cells, generator=generator)
