@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from scvi_cradle.module.base import LogNormalizedExpectation
+from scvi_cradle.module.base import LogNormalizedExpectation, total_count_bias
 from scvi_cradle.module.base._expectation import expected_log1p_scaled
 
 THETAS = np.array([0.02, 0.3, 1.0, 7.0, 300.0])
@@ -54,6 +54,12 @@ def test_integral_has_the_limits_of_small_rates_and_of_a_constant():
     )
 
 
+def read(table, mu, index):
+    """Read a table at rates, shape ``(n_cells, n_genes)``, of one library size."""
+    log_share = torch.as_tensor(mu / table.libraries[index], dtype=torch.float32).log()
+    return table(log_share, torch.tensor(index)).numpy()
+
+
 def test_table_is_within_a_thousandth_of_the_sum():
     rng = np.random.default_rng(0)
     theta = np.exp(rng.uniform(math.log(0.02), math.log(300), 12))
@@ -62,7 +68,7 @@ def test_table_is_within_a_thousandth_of_the_sum():
     for index, library in enumerate(LIBRARIES):
         shares = np.exp(rng.uniform(math.log(1e-6), math.log(0.2), (4, 12)))
         mu = shares * library
-        value = table(torch.as_tensor(mu, dtype=torch.float32), index).numpy()
+        value = read(table, mu, index)
         expected = [
             [brute_force(m, t, 1e4 / library) / math.log(2) for m, t in zip(row, theta, strict=True)] for row in mu
         ]
@@ -76,17 +82,16 @@ def test_table_is_within_a_thousandth_of_the_integral_everywhere():
     table = LogNormalizedExpectation(torch.as_tensor(theta), libraries)
     for index, library in enumerate(libraries):
         mu = np.exp(np.linspace(math.log(2e-6), math.log(library), 157))
-        value = table(torch.as_tensor(mu, dtype=torch.float32)[:, None].expand(-1, 61), index).numpy()
+        value = read(table, np.repeat(mu[:, None], 61, 1), index)
         expected = expected_log1p_scaled(mu[:, None], theta[None], np.array(1e4 / library)) / math.log(2)
         assert np.abs(value - expected).max() < 1e-3, library
 
 
 def test_table_of_one_dispersion_and_rates_outside_its_range():
     table = LogNormalizedExpectation(torch.ones(2), np.array([1e4]))
-    mu = torch.tensor([[0.0, 1e-12], [1e4, 1e4]])
-    value = table(mu, 0)
-    assert torch.isfinite(value).all()
-    assert (value[0].abs() < 2e-6).all()
+    value = read(table, np.array([[0.0, 1e-12], [1e4, 1e4]]), 0)
+    assert np.isfinite(value).all()
+    assert (np.abs(value[0]) < 2e-6).all()
     expected = brute_force(1e4, 1.0, 1.0) / math.log(2)
     assert value[1, 0].item() == pytest.approx(expected, abs=1e-3)
 
@@ -98,7 +103,7 @@ def test_table_agrees_with_draws():
     x = rng.poisson(rng.gamma(theta, mu / theta, (n, 3)))
     draws = np.log2(1 + 1e4 * x / library)
     table = LogNormalizedExpectation(torch.as_tensor(theta), np.array([library]))
-    value = table(torch.as_tensor(mu, dtype=torch.float32)[None], 0).numpy()[0]
+    value = read(table, mu[None], 0)[0]
     error = draws.std(0) / math.sqrt(n)
     assert (np.abs(draws.mean(0) - value) < 4.5 * error + 1e-3).all()
     assert (error < 0.01).all()
@@ -138,7 +143,7 @@ def test_table_of_poisson_counts_is_within_a_thousandth_of_the_sum():
     rng = np.random.default_rng(1)
     for index, library in enumerate(LIBRARIES):
         mu = library * np.exp(rng.uniform(math.log(1e-6), math.log(0.2), (20, 5)))
-        value = table(torch.as_tensor(mu, dtype=torch.float32), index).numpy()
+        value = read(table, mu, index)
         expected = np.vectorize(poisson_sum)(mu, 1e4 / library) / math.log(2)
         assert np.abs(value - expected).max() < 1e-3, library
 
@@ -148,10 +153,40 @@ def test_nominal_and_realised_library_sizes_differ_where_totals_vary(theta, libr
     """``x / L`` in the place of ``x / sum(x)``: the price of the integral, up to .06 at few, strongly overdispersed genes."""
     rng, n = np.random.default_rng(0), 200_000
     share = rng.dirichlet(np.ones(60))
-    mean = torch.as_tensor(share * library).float()[None]
-    exact = LogNormalizedExpectation(torch.full((60,), theta), np.array([library]))(mean, 0)[0].numpy()
+    exact = read(LogNormalizedExpectation(torch.full((60,), theta), np.array([library])), share[None] * library, 0)[0]
     counts = rng.poisson(rng.gamma(theta, 1 / theta, (n, 60)) * share * library)
     sampled = np.log2(1 + 1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1))
     gap = np.abs(sampled.mean(0) - exact)
     assert low <= gap.max() < high
     assert (sampled.std(0) / np.sqrt(n)).max() < 0.02
+
+
+@pytest.mark.parametrize(("n_holding", "theta"), [(3, 4.0), (3, 12.0), (40, 1.0)])
+def test_predicted_bias_of_well_expressed_genes_is_that_of_draws(n_holding, theta):
+    """Genes that hold little of the library: the difference is the square of the total's variation over 2 log 2."""
+    rng, n, library = np.random.default_rng(1), 100_000, 1e5
+    share = np.r_[np.full(n_holding, 0.9 / n_holding), np.full(10, 0.01)]
+    dispersion = np.r_[np.full(n_holding, theta), np.full(10, 50.0)]
+    predicted = total_count_bias(torch.as_tensor(share), torch.as_tensor(dispersion), torch.tensor(library)).item()
+    counts = rng.poisson(rng.gamma(dispersion, 1 / dispersion, (n, len(share))) * share * library)
+    nominal = np.log2(1 + 1e4 * counts[:, n_holding:] / library)
+    gap = (np.log2(1 + 1e4 * counts[:, n_holding:] / counts.sum(1, keepdims=True)) - nominal).mean(1)
+    variance = counts.sum(1).var() / library**2
+    assert predicted == pytest.approx(variance / (2 * math.log(2)), rel=0.03)
+    assert gap.mean() == pytest.approx(predicted, rel=4 * variance, abs=4 * gap.std() / math.sqrt(n))
+
+
+def test_table_knows_its_values():
+    theta = torch.tensor([0.5, 2.0])
+    table = LogNormalizedExpectation(theta, LIBRARIES, 1e-8)
+    assert table.is_of(theta.clone(), LIBRARIES.copy(), 1e-8)
+    assert not table.is_of(theta + 1e-3, LIBRARIES, 1e-8)
+    assert not table.is_of(theta, LIBRARIES[:2], 1e-8)
+    assert not table.is_of(theta, LIBRARIES, 0.0)
+
+
+def test_table_adds_the_floor_to_shares():
+    table = LogNormalizedExpectation(torch.ones(1), np.array([1e5]), 1e-4)
+    value = table(torch.tensor([[-40.0], [math.log(2e-4)]]), torch.tensor(0))[:, 0].numpy()
+    expected = [brute_force(mu, 1.0, 0.1) / math.log(2) for mu in (10.0, 30.0)]
+    np.testing.assert_allclose(value, expected, atol=1e-3)

@@ -20,6 +20,7 @@ from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
 from scvi_cradle.baselines import MultivariateShrinkage
 from scvi_cradle.data import check_query, label_rule, label_table
+from scvi_cradle.module.base import LogNormalizedExpectation
 
 
 class LabelledModel(BaseModelClass):
@@ -33,6 +34,7 @@ class LabelledModel(BaseModelClass):
     diagnostics_: dict[str, float] | None
     qc_record_: dict[str, Any] | None
     train_cells_: str | None
+    _table_kept: LogNormalizedExpectation | None  # what effects were last read from
     _shrinkage: MultivariateShrinkage | None  # of the training cells, once it was asked for
     _architecture: dict[str, Any]
     _training_settings: dict[str, Any]
@@ -106,7 +108,7 @@ class LabelledModel(BaseModelClass):
         )
         self.module.set_labels(table.padded_members())
         self.label_counts_ = self.libraries_ = self.references_ = self.diagnostics_ = self.train_cells_ = None
-        self.qc_record_ = self._shrinkage = None
+        self.qc_record_ = self._shrinkage = self._table_kept = None
         self._model_summary_string = (
             f"{type(self).__name__} with {len(self._genes)} genes, {len(table.treatments)} treatments, "
             f"{len(table.labels)} labels; n_latent: {self.module.n_latent}."

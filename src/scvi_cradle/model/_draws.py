@@ -79,15 +79,24 @@ def covariate_tensors(pool: dict[str, np.ndarray], rows: np.ndarray) -> dict[str
     return tensors
 
 
-def library_grid(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most eight representative library sizes (midpoints of quantiles) and the nearest one of every draw."""
-    unique = np.unique(total)
-    if len(unique) <= LIBRARY_GRID:
-        return unique.astype(np.float64), np.searchsorted(unique, total)
-    order = np.argsort(np.argsort(total, kind="stable"), kind="stable")
-    group = order * LIBRARY_GRID // len(total)
-    values = np.array([np.median(total[group == g]) for g in range(LIBRARY_GRID)], dtype=np.float64)
-    return values, group
+def library_grid(
+    pool: dict[str, np.ndarray], total: np.ndarray, library_size: float | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most eight representative library sizes and the nearest one, in its logarithm, of every drawn size.
+
+    They do not depend on the draw: midpoints of quantiles of the training cells that passed QC, or the fixed size.
+    """
+    if not isinstance(library_size, str):
+        return np.array([total[0]], dtype=np.float64), np.zeros(len(total), dtype=int)
+    passed = pool["artifact"] == False  # noqa: E712 - an array
+    order = np.argsort(pool["total"][passed])
+    sizes, weight = np.maximum(pool["total"][passed][order], 1.0), pool["weight"][passed][order]
+    grid = np.unique(sizes)
+    if len(grid) > LIBRARY_GRID:
+        middle = (np.arange(LIBRARY_GRID) + 0.5) / LIBRARY_GRID
+        grid = np.unique(sizes[np.searchsorted(weight.cumsum() / weight.sum(), middle)])
+    grid = grid.astype(np.float64)
+    return grid, np.searchsorted(np.sqrt(grid[1:] * grid[:-1]), total)
 
 
 def as_module_input(tensors: dict[str, Any], device: torch.device) -> dict[str, Any]:

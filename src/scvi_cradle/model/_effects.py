@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from torch import Tensor
 
-from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL
+from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._draws import (
     as_module_input,
@@ -20,9 +20,13 @@ from scvi_cradle.model._draws import (
     library_grid,
     make_generator,
 )
+from scvi_cradle.model._effect_blocks import EffectBlocks, Particles
 from scvi_cradle.model._generation import GenerationMixin
 from scvi_cradle.model._stack import as_stack, fit_shrinkage, shrunken_effects, stack_effects
-from scvi_cradle.module.base import LogNormalizedExpectation, Pairs
+from scvi_cradle.module.base import RATE_FLOOR, LogNormalizedExpectation
+
+N_BIAS_DRAWS = 8
+MAX_BIAS = 0.05  # log2 units
 
 
 class EffectsMixin(GenerationMixin):
@@ -37,7 +41,7 @@ class EffectsMixin(GenerationMixin):
         method: Literal["perturbseq", "mean"] | None = None,
         library_size: float | Literal["observed"] = "observed",
         share_basal: bool = True,
-        expectation: Literal["exact", "sample"] = "exact",
+        expectation: Literal["auto", "exact", "sample"] = "auto",
         stack: bool | float = False,
         seed: int | None = None,
     ) -> AnnData:
@@ -55,13 +59,18 @@ class EffectsMixin(GenerationMixin):
         library_size
             ``"observed"``: drawn from training cells that passed QC, the same for all labels; a number fixes it.
         share_basal
-            Use the same basal states for treated and control cells (common random numbers).
+            Use the same basal states for treated and control cells, and where counts are sampled the same gamma factors of
+            the negative binomial (common random numbers).
         expectation
             ``"exact"``: the observation noise is integrated out, with ``x / L`` of the drawn library size ``L`` in the
-            place of ``x / sum(x)``; the integral is accurate to 1e-3 log2 units, and library sizes are represented by at
-            most eight values. ``"sample"``: counts are sampled. The two differ where totals of few, strongly
-            overdispersed genes vary a lot (.06 log2 units in the level of a gene at 60 genes, 500 counts and an inverse
-            dispersion of 0.2; below .01 at 5,000 counts and 20).
+            place of ``x / sum(x)``; the integral is read from a table with an error below 1e-3 log2 units, and library
+            sizes are represented by at most eight values. ``"sample"``: counts are sampled. The two differ where a few,
+            overdispersed genes hold the library, so that totals vary: to second order by at most ``v / (2 log 2)`` log2
+            units in the level of a gene that holds little, with ``v = sum_g rho_g^2 / theta_g + 1 / L`` the squared
+            coefficient of variation of the total. ``"auto"`` samples where that is above 0.05 (a coefficient of 26%) for
+            the control or a label asked for, on average over 8 draws, the same at every call. Without a logarithm
+            (``method="mean"``) they do not differ. A seed gives the same effects whatever the sizes of internal blocks,
+            to rounding, if nothing is sampled.
         stack
             Average the model's effects with those of :class:`scvi_cradle.baselines.MultivariateShrinkage`, fitted to the
             training cells that passed QC: more accurate than the model alone, and level with the shrinkage alone where
@@ -75,9 +84,10 @@ class EffectsMixin(GenerationMixin):
         Returns
         -------
         AnnData of shape ``(n_perturbations, n_genes)`` in the order of the request; ``layers["std"]``: standard
-        deviation over particles; ``uns["control"]``. With ``stack``, ``layers["model"]`` and ``layers["shrinkage"]`` are
-        what was averaged, ``layers["shrinkage_std"]`` and ``layers["lfsr"]`` the posterior standard deviations and local
-        false sign rates of the shrinkage, and ``obs["shrinkage_weight"]`` its weight.
+        deviation over particles; ``uns``: ``"control"``, ``"expectation"`` (``"exact"`` or ``"sample"``, as it was computed)
+        and, for ``"perturbseq"``, ``"total_count_bias"``, the number behind ``"auto"``. With ``stack``, ``layers["model"]``
+        and ``layers["shrinkage"]`` are what was averaged, ``layers["shrinkage_std"]`` and ``layers["lfsr"]`` the posterior
+        standard deviations and local false sign rates of the shrinkage, and ``obs["shrinkage_weight"]`` its weight.
 
         Raises
         ------
@@ -89,7 +99,7 @@ class EffectsMixin(GenerationMixin):
         check_one_of("method", method, ("perturbseq", "mean"))
         if method == "perturbseq":
             self._needs_counts("method='perturbseq'")
-        check_one_of("expectation", expectation, ("exact", "sample"))
+        check_one_of("expectation", expectation, ("auto", "exact", "sample"))
         check_positive("n_particles", n_particles, integer=True)
         stack = as_stack(stack, method=method, library_size=library_size)
         control = self._rule.control_name
@@ -101,39 +111,54 @@ class EffectsMixin(GenerationMixin):
         if stack is not False:  # before anything is drawn: the data may be missing
             self._shrinkage = self._shrinkage or fit_shrinkage(self)
             shrunken = shrunken_effects(self._shrinkage, labels, self._rule)
-        module, device = self.module, self.module.device
-        generator = make_generator(seed, device)
-        rng = np.random.default_rng(generator.initial_seed())
-        libraries = draw_libraries(self._library_pool, n_particles, library_size, artifact=False, batch=None, rng=rng)
-        grid, group = library_grid(libraries.total)
-        tensors = as_module_input(covariate_tensors(self._library_pool, libraries.rows), device)
-        transform = _Transform(module.decoder.likelihood, grid, group, method, expectation, generator, device)
-        members = torch.as_tensor(self._members([control, *labels]), device=device)
-        covariates = module.covariates(tensors)
-        noise = self._draw_noise(self._library_pool, libraries.rows, generator)
-        module.eval()
-
-        def expression(code: int, z: Tensor) -> Tensor:
-            pairs = Pairs.from_members(members[code].expand(n_particles, -1))
-            return transform(module.decoder(module.prior(pairs, z, generator=generator), covariates)[0])
-
-        base = expression(0, noise)
-        means, stds = [], []
-        for code in range(1, len(labels) + 1):
-            z = noise if share_basal else self._draw_noise(self._library_pool, libraries.rows, generator)
-            difference = expression(code, z) - base
-            means.append(difference.mean(0).cpu().numpy())
-            stds.append(difference.std(0, unbiased=False).cpu().numpy())
+        self.module.eval()
+        particles = self._draw_particles(n_particles, library_size, seed)
+        members = torch.as_tensor(self._members([control, *labels]), device=self.module.device)
+        uns: dict[str, Any] = {CONTROL_UNS_KEY: control}
+        if method == "perturbseq":
+            few = self._draw_particles(N_BIAS_DRAWS, library_size, seed=0)  # the same at every call
+            uns["total_count_bias"] = EffectBlocks(self.module, few, method).bias(members)
+        if expectation == "auto":
+            expectation = "sample" if uns.get("total_count_bias", 0.0) > MAX_BIAS else "exact"
+        sampled = expectation == "sample"
+        table = None if sampled or method == "mean" else self._read_table(particles.libraries)
+        blocks = EffectBlocks(self.module, particles, method, sampled=sampled, table=table)
+        means, stds = zip(*blocks.differences(members, share_basal=share_basal), strict=True)
         effects = AnnData(
             X=np.stack(means),
             obs=pd.DataFrame({COLUMNS.PERTURBATION: pd.Categorical(labels)}, index=pd.Index(labels, dtype=str)),
             var=pd.DataFrame(index=self._genes),
-            uns={CONTROL_UNS_KEY: control},
+            uns=uns | {"expectation": expectation},
         )
         effects.layers["std"] = np.stack(stds)
         if shrunken is not None:
             stack_effects(effects, shrunken, stack=stack)
         return effects
+
+    def _draw_particles(self, n: int, library_size: float | str, seed: int | None) -> Particles:
+        """Draw library sizes and covariates of particles, shared by all labels."""
+        pool, device = self._library_pool, self.module.device
+        generator = make_generator(seed, device)
+        rng = np.random.default_rng(generator.initial_seed())
+        drawn = draw_libraries(pool, n, library_size, artifact=False, batch=None, rng=rng)
+        grid, group = library_grid(pool, drawn.total, library_size)
+        order = np.argsort(group, kind="stable")  # so that a block reads few of the tables
+        rows = drawn.rows[order]
+        covariates = self.module.covariates(as_module_input(covariate_tensors(pool, rows), device))
+        return Particles(
+            partial(self._draw_noise, pool, rows, generator),
+            covariates[:, None],
+            grid,
+            torch.as_tensor(group[order], device=device)[:, None, None],
+            generator,
+        )
+
+    def _read_table(self, libraries: np.ndarray) -> LogNormalizedExpectation:
+        """Return the table of expectations, which is kept as long as dispersions and library sizes are the same."""
+        theta = self.module.decoder.likelihood.theta
+        if self._table_kept is None or not self._table_kept.is_of(theta, libraries, RATE_FLOOR):
+            self._table_kept = LogNormalizedExpectation(theta, libraries, RATE_FLOOR)
+        return self._table_kept
 
     @torch.inference_mode()
     def get_perturbation_effects(self) -> AnnData:
@@ -161,38 +186,3 @@ class EffectsMixin(GenerationMixin):
         result = AnnData(X=summary.pop("expected"), obs=pd.DataFrame({"n_cells": n_cells}, index=names))
         result.layers.update(summary)
         return result
-
-
-class _Transform:
-    """From the decoder's output to (expected or sampled) expression on the scale of the effects."""
-
-    def __init__(
-        self,
-        likelihood: Any,
-        grid: np.ndarray,
-        group: np.ndarray,
-        method: str,
-        expectation: str,
-        generator: torch.Generator,
-        device: torch.device,
-    ) -> None:
-        self.likelihood, self.method, self.generator = likelihood, method, generator
-        self.sampled = expectation == "sample"
-        self.groups = [torch.as_tensor(np.flatnonzero(group == g), device=device) for g in range(len(grid))]
-        self.library = torch.as_tensor(grid[group], dtype=torch.float32, device=device)[:, None]
-        exact_log = method == "perturbseq" and not self.sampled
-        self.table = LogNormalizedExpectation(likelihood.theta, grid) if exact_log else None
-
-    def __call__(self, output: Tensor) -> Tensor:
-        mean = self.likelihood.mean(output, self.library)
-        if self.table is not None:
-            result = torch.empty_like(mean)
-            for g, rows in enumerate(self.groups):
-                result[rows] = self.table(mean[rows], g)
-            return result
-        if not self.sampled:
-            return mean
-        values = self.likelihood.sample(mean, self.generator)
-        if self.method == "mean":
-            return values
-        return torch.log2(1 + COUNTS_PER_CELL * values / values.sum(1, keepdim=True).clamp_min(1))

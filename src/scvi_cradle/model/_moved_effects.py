@@ -28,7 +28,7 @@ class MovedEffectsMixin(MovedCellsMixin):
         method: Literal["perturbseq", "mean"] | None = None,
         library_size: float | Literal["observed"] = "observed",
         share_basal: bool = True,
-        expectation: Literal["exact", "sample"] = "exact",
+        expectation: Literal["auto", "exact", "sample"] = "auto",
         seed: int | None = None,
     ) -> AnnData:
         """Return the average effect of perturbations on expected expression, on the scale of the data.
@@ -62,7 +62,7 @@ class MovedEffectsMixin(MovedCellsMixin):
         if method == "perturbseq":
             self._needs_counts("method='perturbseq'")
         check_one_of("method", method, (None, "mean"))
-        if not share_basal or expectation != "exact":
+        if not share_basal or expectation not in ("auto", "exact"):
             msg = f"{type(self).__name__} compares expected values of the same controls; received share_basal={share_basal}, expectation={expectation!r}: leave them out."
             raise NotImplementedError(msg)
         control = self._rule.control_name

@@ -19,6 +19,7 @@ from scvi_cradle.module.base import (
     BernoulliMask,
     Decoder,
     EffectDraw,
+    EffectNoise,
     FreeGaussian,
     Pairs,
     PerturbationModule,
@@ -268,14 +269,19 @@ class CradleVAEModule(PerturbationModule):
         return super().draw_globals(generator) | {"vector": vector}
 
     def prior(
-        self, pairs: Pairs, noise: Tensor, *, artifact: bool = False, generator: Generator | None = None
+        self,
+        pairs: Pairs,
+        noise: Tensor,
+        *,
+        artifact: bool = False,
+        effect_noise: EffectNoise | None = None,
+        generator: Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Return latent parts of new cells: ``z_b = noise``, effects and ``u`` drawn, each ``(1, n_cells, n_latent)``."""
-        draw = self.effects.draw(pairs, 1, per_cell=True, generator=generator)
-        z_artifact = torch.zeros_like(noise)
+        """Return latent parts of new cells: ``z_b = noise``, effects and, if any, ``u`` drawn, ``(P, n_cells, n_latent)``."""
+        parts = {"basal": noise, "perturbation": self.new_effects(pairs, len(noise), effect_noise, generator)}
         if artifact:
-            z_artifact, _ = self.artifact.draw(1, pairs.n_cells, generator=generator)
-        return {"basal": noise, "perturbation": draw.to_cells(draw.rows, pairs), "artifact": z_artifact}
+            parts["artifact"], _ = self.artifact.draw(len(noise), pairs.n_cells, generator=generator)
+        return parts
 
     def intervene(
         self,

@@ -14,6 +14,7 @@ from scvi_cradle.module.base import (
     BetaBernoulliMask,
     Decoder,
     EffectDraw,
+    EffectNoise,
     FreeGaussian,
     LatentDraw,
     Pairs,
@@ -188,10 +189,16 @@ class SAMSVAEModule(PerturbationModule):
 
     # ---- new cells, other treatments --------------------------------------------------------------------------------
 
-    def prior(self, pairs: Pairs, noise: Tensor, *, generator: Generator | None = None) -> dict[str, Tensor]:
-        """Return latent parts of new cells: ``z_b = noise``, effects drawn, each ``(1, n_cells, n_latent)``."""
-        draw = self.effects.draw(pairs, 1, per_cell=True, generator=generator)
-        return {"basal": noise, "perturbation": draw.to_cells(draw.rows, pairs)}
+    def prior(
+        self,
+        pairs: Pairs,
+        noise: Tensor,
+        *,
+        effect_noise: EffectNoise | None = None,
+        generator: Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Return latent parts of new cells: ``z_b = noise``, effects drawn, each ``(P, n_cells, n_latent)``."""
+        return {"basal": noise, "perturbation": self.new_effects(pairs, len(noise), effect_noise, generator)}
 
     def intervene(
         self, latent: LatentDraw, pairs: Pairs, target: Pairs | None, *, generator: Generator | None = None

@@ -16,6 +16,7 @@ from scvi_cradle.module.base import (
     BetaBernoulliMask,
     Decoder,
     EffectDraw,
+    EffectNoise,
     LatentDraw,
     Pairs,
     PerturbationModule,
@@ -153,10 +154,16 @@ class SVAEPlusModule(PerturbationModule):
 
     # ---- new cells, other interventions -----------------------------------------------------------------------------
 
-    def prior(self, pairs: Pairs, noise: Tensor, *, generator: Generator | None = None) -> dict[str, Tensor]:
+    def prior(
+        self,
+        pairs: Pairs,
+        noise: Tensor,
+        *,
+        effect_noise: EffectNoise | None = None,
+        generator: Generator | None = None,
+    ) -> dict[str, Tensor]:
         """Return the latent state of new cells: mask times mean, summed over treatments, plus ``noise``."""
-        draw = self.effects.draw(pairs, 1, per_cell=True, generator=generator)
-        return {"basal": draw.to_cells(draw.rows, pairs) + noise}
+        return {"basal": self.new_effects(pairs, len(noise), effect_noise, generator) + noise}
 
     def intervene(
         self, latent: LatentDraw, pairs: Pairs, target: Pairs | None, *, generator: Generator | None = None

@@ -77,7 +77,9 @@ class PerturbationTrainingPlan(TrainingPlan):
         effects = [p for name, p in self.module.named_parameters() if name.startswith(EFFECTS)]
         others = [p for name, p in self.module.named_parameters() if not name.startswith(EFFECTS)]
         groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
-        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)  # which cannot clip gradients of fused ones
+        fused = not isinstance(
+            self.trainer.precision_plugin, MixedPrecision
+        )  # which cannot clip gradients of fused ones
         optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=fused)
         if self.lr_schedule == "constant":
             return {"optimizer": optimizer}

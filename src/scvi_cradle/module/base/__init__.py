@@ -3,7 +3,7 @@
 from scvi_cradle.module.base._artifact import ArtifactLatent
 from scvi_cradle.module.base._batch_norm import BatchNormDecoder, BatchNormEncoder
 from scvi_cradle.module.base._decoder import Decoder, OutputHead
-from scvi_cradle.module.base._effects import EffectDraw, Pairs, TreatmentEffects
+from scvi_cradle.module.base._effects import EffectDraw, EffectNoise, Pairs, TreatmentEffects
 from scvi_cradle.module.base._elbo import (
     bernoulli_kl_logits,
     beta_kl,
@@ -14,8 +14,10 @@ from scvi_cradle.module.base._elbo import (
     summed_gaussian_kl,
 )
 from scvi_cradle.module.base._embeddings import AmortizedEmbedding, FreeGaussian, PointEmbedding, normal_like
-from scvi_cradle.module.base._expectation import LogNormalizedExpectation
+from scvi_cradle.module.base._expectation import LogNormalizedExpectation, total_count_bias
+from scvi_cradle.module.base._fast_linear import FastLinear
 from scvi_cradle.module.base._likelihood import (
+    RATE_FLOOR,
     fused_log_prob,
     library_size,
     negative_binomial_log_prob,
@@ -67,6 +69,8 @@ __all__ = [
     "CausalDraw",
     "Decoder",
     "EffectDraw",
+    "EffectNoise",
+    "FastLinear",
     "FreeGaussian",
     "GaussianHead",
     "GaussianLikelihood",
@@ -84,6 +88,7 @@ __all__ = [
     "PerturbationModule",
     "PointEmbedding",
     "PoissonLikelihood",
+    "RATE_FLOOR",
     "QuantileHurdleDecoder",
     "References",
     "ResidualLayers",
@@ -117,6 +122,7 @@ __all__ = [
     "softmax_rates",
     "solve_columns",
     "solve_in_order",
+    "total_count_bias",
     "start_output",
     "straight_through_bernoulli",
     "summed_gaussian_kl",

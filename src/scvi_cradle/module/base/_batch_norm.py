@@ -40,7 +40,10 @@ class BatchNormDecoder(OutputHead):
     def features_of(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
         """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_hidden)``."""
         z = parts["basal"]
-        return self.hidden(torch.cat([z, covariates.expand(*z.shape[:-1], -1)], dim=-1))
+        inputs = torch.cat([z, covariates.expand(*z.shape[:-1], -1)], dim=-1)
+        if self.training:  # statistics of one particle at a time
+            return self.hidden(inputs)
+        return self.hidden(inputs.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
     def forward(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
         """Return the output, shape ``(n_particles, n_cells, n_genes)``."""

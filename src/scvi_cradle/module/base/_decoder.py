@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from scvi_cradle.module.base._networks import ResidualLayers, SplitLinear, activation
 from scvi_cradle.module.base._observation import LIKELIHOODS
@@ -108,21 +109,35 @@ class Decoder(OutputHead):
         covariates
             Covariate design, shape ``(n_cells, n_covariates)``.
         """
-        hidden: Tensor = self.first.bias
-        for part in self.hidden_parts:
-            hidden = hidden + projected[part]
-        if covariates.shape[-1]:
-            hidden = hidden + self.first.project("covariates", covariates)
-        hidden = self.hidden(activation(hidden))
+        hidden = self._hidden_features(projected, covariates)
         if not self.skip or z_perturbation is None:
             return hidden
         return torch.cat([hidden, z_perturbation.expand(*hidden.shape[:-1], -1)], dim=-1)
 
+    def _hidden_features(self, projected: dict[str, Tensor], covariates: Tensor) -> Tensor:
+        hidden: Tensor = self.first.bias
+        for part in self.hidden_parts:
+            if part in projected:
+                hidden = hidden + projected[part]
+        if covariates.shape[-1]:
+            hidden = hidden + self.first.project("covariates", covariates)
+        return self.hidden(activation(hidden))
+
     def features_of(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
         """Return :meth:`features` of latent parts that are given cell by cell, each ``(n_particles, n_cells, width)``."""
-        projected = {part: self.project(part, parts[part]) for part in self.hidden_parts}
-        return self.features(projected, parts.get(PERTURBATION), covariates)
+        return self.features(self._projected(parts), parts.get(PERTURBATION), covariates)
+
+    def _projected(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {part: self.project(part, parts[part]) for part in self.hidden_parts if part in parts}
 
     def forward(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
-        """Return the output (for counts: logits of gene shares), shape ``(n_particles, n_cells, n_genes)``."""
-        return self.output(self.features_of(parts, covariates))
+        """Return the output (for counts: logits of gene shares), shape ``(n_particles, n_cells, n_genes)``.
+
+        Parts and covariates, shape ``(n_cells, n_covariates)``, may broadcast over particles and cells: what they share is
+        computed once. A part that is left out is zero.
+        """
+        hidden = self._hidden_features(self._projected(parts), covariates)
+        if not self.skip:
+            return self.output(hidden)
+        of_hidden, of_effects = self.output.weight.split([hidden.shape[-1], parts[PERTURBATION].shape[-1]], dim=1)
+        return linear(hidden, of_hidden, self.output.bias) + linear(parts[PERTURBATION], of_effects)

@@ -34,6 +34,26 @@ class Pairs(NamedTuple):
         dosage = self.dose.new_zeros(self.n_cells, n_treatments)
         return dosage.index_put((self.cell, self.treatment), self.dose, accumulate=True)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum dose times value over the pairs of each cell: ``(P, n_pairs, k)`` to ``(P, n_cells, k)``."""
+        cells = values.new_zeros(values.shape[0], self.n_cells, values.shape[2])
+        return cells.index_add(1, self.cell, values * self.dose[:, None].to(values))
+
+
+class EffectNoise(NamedTuple):
+    """What drawn effects are functions of, each ``(n_particles, n_pairs, n_latent)``, or of width 0 where nothing is drawn.
+
+    Parameters
+    ----------
+    mask
+        Uniform on (0, 1).
+    embedding
+        Standard normal.
+    """
+
+    mask: Tensor
+    embedding: Tensor
+
 
 class EffectDraw(NamedTuple):
     """Draws of treatment effects.
@@ -61,8 +81,7 @@ class EffectDraw(NamedTuple):
 
     def to_cells(self, values: Tensor, pairs: Pairs) -> Tensor:
         """Sum dose times row over the pairs of each cell: ``(P, n_rows, k)`` to ``(P, n_cells, k)``."""
-        cells = values.new_zeros(values.shape[0], pairs.n_cells, values.shape[2])
-        return cells.index_add(1, pairs.cell, values.index_select(1, self.row_of_pair) * pairs.dose[:, None].to(values))
+        return pairs.total(values.index_select(1, self.row_of_pair))
 
     def shares(self, pairs: Pairs, n_obs_per_treatment: Tensor) -> Tensor:
         """Return what every cell carries of the divergences of its treatments, shape ``(n_particles or 1, n_cells)``.
@@ -131,6 +150,27 @@ class TreatmentEffects(nn.Module):
             nothing = rows.new_zeros(1, len(treatment))
             return EffectDraw(rows, nothing, nothing, row_of_pair, treatment)
         return self._draw_rows(treatment, row_of_pair, n_particles, sampled_kl, generator)
+
+    def draw_noise(self, shape: tuple[int, int, int], generator: Generator | None = None) -> EffectNoise:
+        """Draw what :meth:`at` needs for effects of a shape ``(n_particles, n_pairs, n_latent)``."""
+        device, none = next(self.parameters()).device, (*shape[:2], 0)
+        is_point = isinstance(self.embedding, PointEmbedding)
+        return EffectNoise(
+            torch.rand(none if self.mask is None else shape, generator=generator, device=device),
+            torch.randn(none if is_point else shape, generator=generator, device=device),
+        )
+
+    def at(self, treatment: Tensor, noise: EffectNoise) -> Tensor:
+        """Return the effects ``e * m`` of pairs at given noise, ``(n_particles, n_pairs, n_latent)``; no gradient of masks."""
+        mask = None
+        if self.mask is not None:
+            mask = (noise.mask > torch.sigmoid(-self.mask.logits[treatment])).to(self.mask.logits)
+        if isinstance(self.embedding, PointEmbedding):
+            embedding = self.embedding.loc[treatment]
+        else:
+            posterior = self.embedding(treatment, mask)
+            embedding = torch.addcmul(posterior.loc, posterior.scale, noise.embedding)
+        return embedding if mask is None else mask * embedding
 
     def draw_all(self, n_treatments: int, generator: Generator | None = None) -> EffectDraw:
         """Draw every treatment once, with divergences at the draw; ``row_of_pair`` is to be set to the pairs' treatments."""

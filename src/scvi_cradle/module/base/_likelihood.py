@@ -140,7 +140,15 @@ class _FusedLogProb(torch.autograd.Function):
         low = torch.bfloat16 if torch.is_autocast_enabled(device) else weight.dtype  # of matrix products
         with torch.autocast(device, enabled=False):
             total, values, slopes = _value_and_slopes(
-                features, weight, bias, theta, x, library, row_weight, low=low, needs_slopes=any(ctx.needs_input_grad[:4])
+                features,
+                weight,
+                bias,
+                theta,
+                x,
+                library,
+                row_weight,
+                low=low,
+                needs_slopes=any(ctx.needs_input_grad[:4]),
             )
         ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(values)

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 from torch.nn.functional import one_hot
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle.module.base._effects import EffectDraw, Pairs
+from scvi_cradle.module.base._effects import EffectDraw, EffectNoise, Pairs
 from scvi_cradle.module.base._elbo import gaussian_kl, importance_weighted_bound, normal_log_prob
 from scvi_cradle.module.base._embeddings import normal_like
 from scvi_cradle.module.base._likelihood import library_size
@@ -170,6 +170,14 @@ class PerturbationModule(BaseModuleClass):
         return self.effects.draw(
             pairs, n_particles, per_cell=self.per_cell, sample=sample, sampled_kl=sampled_kl, generator=generator
         )
+
+    def new_effects(
+        self, pairs: Pairs, n_particles: int, noise: EffectNoise | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        """Return the effects of new cells, drawn pair by pair or at given noise, ``(n_particles, n_cells, n_latent)``."""
+        if noise is None:
+            noise = self.effects.draw_noise((n_particles, len(pairs.treatment), self.n_latent), generator)
+        return pairs.total(self.effects.at(pairs.treatment, noise))
 
     def draw_globals(self, generator: Generator | None = None) -> dict[str, Any]:
         """Draw all global variables once; the result is an argument of ``inference``."""

@@ -94,10 +94,17 @@ class NegativeBinomialLikelihood(CountLikelihood):
         """Return the weighted sum of ``log p(x)`` and, without gradient, its terms (see ``fused_log_prob``)."""
         return fused_log_prob(features, layer.weight, layer.bias, self.theta, x, library, weight)
 
-    def sample(self, mean: Tensor, generator: Generator) -> Tensor:
-        """Draw counts: ``Poisson(Gamma(theta) mean / theta)``."""
-        rate = torch._standard_gamma(self.theta.expand_as(mean).contiguous(), generator=generator)
-        rate *= mean / self.theta  # in place: cells x genes
+    def draw_dispersion(self, shape: torch.Size, generator: Generator) -> Tensor:
+        """Draw the factors ``Gamma(theta) / theta`` between expected counts and Poisson rates."""
+        theta = self.theta.expand(shape).contiguous()
+        return torch._standard_gamma(theta, generator=generator).div_(theta)
+
+    def sample(self, mean: Tensor, generator: Generator, dispersion: Tensor | None = None) -> Tensor:
+        """Draw counts: ``Poisson(Gamma(theta) / theta * mean)``, with factors drawn before if they are given."""
+        if dispersion is None:
+            rate = self.draw_dispersion(mean.shape, generator).mul_(mean)  # in place: cells x genes
+        else:
+            rate = dispersion * mean
         return torch.poisson(rate, generator=generator)
 
 

@@ -59,7 +59,8 @@ class PerceptronDecoder(OutputHead):
 
     def features_of(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:
         """Return the inputs of the output layer, shape ``(n_particles, n_cells, n_hidden)``."""
-        z = torch.cat([parts[name] for name in self.parts], dim=-1)
+        shape = torch.broadcast_shapes(*(z.shape[:-1] for z in parts.values()))
+        z = torch.cat([parts[name].expand(*shape, -1) for name in self.parts], dim=-1)
         return self.hidden(torch.cat([z, covariates.expand(*z.shape[:-1], -1)], dim=-1))
 
     def forward(self, parts: dict[str, Tensor], covariates: Tensor) -> Tensor:

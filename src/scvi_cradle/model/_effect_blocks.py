@@ -1,0 +1,176 @@
+"""Means and standard deviations of effects on expression, over blocks of labels and particles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from scvi_cradle._constants import COUNTS_PER_CELL
+from scvi_cradle.module.base import (
+    EffectNoise,
+    FastLinear,
+    LogNormalizedExpectation,
+    Pairs,
+    total_count_bias,
+)
+
+BLOCK_VALUES = 600_000  # particles times labels times genes that are held at once, about what the cache takes
+MIN_ROWS, MAX_ROWS = 64, 1024  # particles times labels
+BLOCK_LABELS = 4  # labels that share the basal part of the decoder
+
+
+class Particles(NamedTuple):
+    """What the particles of all labels share.
+
+    Parameters
+    ----------
+    draw_noise
+        Draws basal states (the module's ``noise``), shape ``(1, n_particles, n_latent)``.
+    covariates
+        Covariate design, shape ``(n_particles, 1, n_covariates)``.
+    libraries
+        Representative library sizes, shape ``(n_libraries,)``.
+    library
+        The one of every particle, shape ``(n_particles, 1, 1)``.
+    generator
+        Source of randomness.
+    """
+
+    draw_noise: Callable[[], Tensor]
+    covariates: Tensor
+    libraries: np.ndarray
+    library: Tensor
+    generator: Generator
+
+
+class Block(NamedTuple):
+    """Draws of some labels.
+
+    Parameters
+    ----------
+    members
+        Their treatments, padded with -1, shape ``(n_labels, width)``.
+    basal
+        Basal states, shape ``(n_particles, n_labels or 1, n_latent)``.
+    noise
+        Of their effects, if the module has effects.
+    dispersion
+        Factors of sampled counts that labels share, shape ``(n_particles, 1, n_genes)``.
+    """
+
+    members: Tensor
+    basal: Tensor
+    noise: EffectNoise | None
+    dispersion: Tensor | None
+
+
+class EffectBlocks:
+    """Differences of expression between labels and the control.
+
+    The random numbers of a label are drawn at once, so that the sizes of blocks change nothing but rounding; where counts
+    are sampled, theirs are drawn block by block.
+
+    Parameters
+    ----------
+    module
+        A module in evaluation mode.
+    particles
+        What the particles of all labels share.
+    method
+        Argument of ``get_average_treatment_effects``.
+    sampled
+        Whether counts are drawn.
+    table
+        The table of expectations, if it is read.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        particles: Particles,
+        method: str,
+        *,
+        sampled: bool = False,
+        table: LogNormalizedExpectation | None = None,
+    ) -> None:
+        self.module, self.particles = module, particles
+        self.method, self.sampled, self.table = method, sampled, table
+        libraries = torch.as_tensor(particles.libraries, dtype=torch.float32, device=particles.library.device)
+        self.size = libraries[particles.library]
+        self._n_rows = min(MAX_ROWS, max(MIN_ROWS, BLOCK_VALUES // module.decoder.output.out_features))
+        self._fast = FastLinear()
+
+    def differences(self, members: Tensor, *, share_basal: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield mean and standard deviation over particles of every label minus the first, each ``(n_genes,)``."""
+        likelihood, n = self.module.decoder.likelihood, len(self.size)
+        basal, dispersion = self.particles.draw_noise().transpose(0, 1), None
+        if self.sampled and share_basal and hasattr(likelihood, "draw_dispersion"):
+            shape = torch.Size((n, 1, len(likelihood.theta)))
+            dispersion = likelihood.draw_dispersion(shape, self.particles.generator)
+        control = self._draw(members[:1], basal, dispersion)
+        base = torch.cat([self.expression(control, rows) for rows in _slices(n, self._n_rows)])  # (n, 1, n_genes)
+        for codes in members[1:].split(max(BLOCK_LABELS, self._n_rows // n)):
+            block = self._draw(codes, basal if share_basal else None, dispersion)
+            mean = squares = torch.zeros((), dtype=torch.float64)
+            for rows in _slices(n, max(1, self._n_rows // len(codes))):
+                difference = self.expression(block, rows).sub_(base[rows])
+                center = difference.mean(0)
+                apart = difference.sub_(center).square_().sum(0)
+                shift, share = center.cpu().double() - mean, len(difference) / (rows.start + len(difference))
+                squares = squares + apart.cpu().double() + shift.square() * (rows.start * share)
+                mean = mean + shift * share
+            yield from zip(mean.float().numpy(), (squares / n).sqrt().float().numpy(), strict=True)
+
+    def _draw(self, members: Tensor, basal: Tensor | None, dispersion: Tensor | None = None) -> Block:
+        """Draw the random numbers of labels, label by label."""
+        module, generator, n = self.module, self.particles.generator, len(self.size)
+        states, noises = [], []
+        for row in members:
+            if basal is None:
+                states.append(self.particles.draw_noise().transpose(0, 1))
+            if module.effects is not None:
+                shape = (n, int((row >= 0).sum()), module.n_latent)
+                noises.append(module.effects.draw_noise(shape, generator))
+        noise = EffectNoise(*(torch.cat(x, 1) for x in zip(*noises, strict=True))) if noises else None
+        return Block(members, torch.cat(states, 1) if basal is None else basal, noise, dispersion)
+
+    def decode(self, block: Block, rows: slice) -> Tensor:
+        """Return outputs of the decoder of some particles of a block, shape ``(n_rows, n_labels, n_genes)``."""
+        noise = {}
+        if block.noise is not None:
+            noise["effect_noise"] = EffectNoise(*(x[rows] for x in block.noise))
+        with self._fast:
+            parts = self.module.prior(Pairs.from_members(block.members), block.basal[rows], **noise)
+            return self.module.decoder(parts, self.particles.covariates[rows])
+
+    def expression(self, block: Block, rows: slice) -> Tensor:
+        """Return (expected or sampled) expression on the scale of the effects, shape ``(n_rows, n_labels, n_genes)``."""
+        output, likelihood = self.decode(block, rows), self.module.decoder.likelihood
+        if self.table is not None:
+            return self.table(output.log_softmax(-1), self.particles.library[rows])
+        values = likelihood.mean(output, self.size[rows])
+        if self.sampled:
+            shared = () if block.dispersion is None else (block.dispersion[rows],)
+            values = likelihood.sample(values, self.particles.generator, *shared)
+        if self.method == "mean":
+            return values
+        return torch.log2(1 + COUNTS_PER_CELL * values / values.sum(-1, keepdim=True).clamp_min(1))
+
+    def bias(self, members: Tensor) -> float:
+        """Return the largest ``total_count_bias`` of a label, averaged over the particles."""
+        n, theta = len(self.size), self.module.decoder.likelihood.theta
+        largest, basal = 0.0, self.particles.draw_noise().transpose(0, 1)
+        for codes in members.split(max(1, self._n_rows // n)):
+            output = self.decode(self._draw(codes, basal), slice(0, n))
+            bias = total_count_bias(output.softmax(-1), theta, self.size[:, :, 0])
+            largest = max(largest, float(bias.mean(0).max()))
+        return largest
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
