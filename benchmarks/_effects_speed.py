@@ -138,7 +138,7 @@ def variance_ratio(model: CradleVAE, *, repeats: int) -> dict[str, float]:
     return {"trace": float(np.median(trace)), "min": float(trace.min()), "max": float(trace.max())}
 
 
-def measure_effects(quick: bool) -> dict[str, Any]:  # noqa: FBT001
+def measure_effects(*, quick: bool) -> dict[str, Any]:
     """Return ``effects_S`` (ratio at equal particles), ``effects_S_equal_error``, and what they are made of."""
     torch.set_num_threads(1)
     scvi.settings.seed = 0
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = measure_effects(parser.parse_args().quick)
+        found = measure_effects(quick=parser.parse_args().quick)
     trained, variance = found["trained"], found["variance"]
     print(f"\n{GENES} genes, {TREATMENTS} treatments, {PARTICLES} particles, one thread, torch {torch.__version__}\n")
     print("| | published, CPU s | here, CPU s | ratio, median (min..max) |\n|---|---|---|---|")

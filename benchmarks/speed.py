@@ -61,7 +61,7 @@ def main() -> None:
     result: dict[str, Any] = dict.fromkeys(KEYS)
     for part in parts:
         start = time.perf_counter()
-        result |= RUN[part](args.quick, show)
+        result |= RUN[part](quick=args.quick, show=show)
         show(f"({part}: {time.perf_counter() - start:.0f} s)\n")
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}))
 
@@ -69,7 +69,7 @@ def main() -> None:
 # ---- steps -------------------------------------------------------------------------------------------------------------
 
 
-def run_steps(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+def run_steps(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     """Time the step of every side at S and L."""
     result: dict[str, float] = {}
     show("| size | side | products | CPU ms, median | (a) / side, median (min..max) | (a') / side |")
@@ -178,7 +178,7 @@ def cpu_time(run: Callable[[], Any]) -> float:
 # ---- memory, effects, data -----------------------------------------------------------------------------------------------
 
 
-def run_memory(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+def run_memory(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     """Measure the peak of a step."""
     from _step_memory import measure_step_memory
 
@@ -188,18 +188,18 @@ def run_memory(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     return {"step_memory_L": found["step_memory_L"]}
 
 
-def run_effects(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+def run_effects(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     """Time average treatment effects."""
     from _effects_speed import measure_effects
 
-    return _reported(measure_effects(quick), show)
+    return _reported(measure_effects(quick=quick), show)
 
 
-def run_data(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+def run_data(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     """Measure the memory of the data."""
     from _data_memory import measure_data_memory
 
-    return _reported(measure_data_memory(quick), show)
+    return _reported(measure_data_memory(quick=quick), show)
 
 
 def _reported(found: dict[str, Any], show: Callable[[str], None]) -> dict[str, float]:
@@ -217,7 +217,7 @@ SCALING = {
 }
 
 
-def run_scaling(quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+def run_scaling(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     """Fit the time of a step as a line in each size, the others at 2,000 genes, 200 treatments, 5 particles, 256 cells."""
     base = Size(genes=2_000, treatments=200, batch=256, counts_per_gene=1.0)
     show("| size | CPU ms at four values | fit: ms = a + b x | exponent between first and last |\n|---|---|---|---|")

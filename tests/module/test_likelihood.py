@@ -230,3 +230,40 @@ def test_linear_effects_add_on_the_log_scale(combine):
     }
     torch.testing.assert_close(logits["ab"] - logits["0"], logits["a"] + logits["b"] - 2 * logits["0"])
     assert (logits["a"] - logits["0"]).abs().min() > 0
+
+
+def test_tiles_of_all_particles_are_those_of_one():
+    """Elsewhere than on a CPU all particles are worked on at once."""
+    features, weight, bias, theta, x, library, row_weight = problem(n_particles=3, n_cells=8)
+    logits = features @ weight.T + bias
+    one, all_ = logits.clone(), logits.clone()
+    d_one, d_all = torch.zeros_like(theta), torch.zeros_like(theta)
+    arguments = (x, library, theta, row_weight)
+    values = [_likelihood._differentiate(one[i : i + 1], *arguments, d_one) for i in range(3)]
+    together = _likelihood._differentiate(all_, *arguments, d_all)
+    np.testing.assert_allclose(torch.cat(values), together, rtol=1e-12)
+    np.testing.assert_allclose(one, all_, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(d_one, d_all, rtol=1e-10)
+
+
+def test_counts_stored_by_columns():
+    arguments = problem()
+    expected = gradients(fused_log_prob, arguments)
+    arguments[4] = arguments[4].t().contiguous().t()
+    found = gradients(fused_log_prob, arguments)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_products_in_bfloat16_under_autocast():
+    """Stated error: 1e-3 of the log-likelihood, 1 % of the norms of slopes; and not the result in single precision."""
+    arguments = [a.float() for a in problem(n_cells=64, n_genes=200, n_features=16, seed=3)]
+    arguments[0] *= 0.2
+    _, expected, expected_slopes = gradients(fused_log_prob, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, values, slopes = gradients(fused_log_prob, arguments)
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, expected)
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1.0)
+    for slope, other in zip(slopes, expected_slopes, strict=True):
+        assert slope.dtype == torch.float32
+        assert 0 < (slope - other).norm() < 1e-2 * other.norm()

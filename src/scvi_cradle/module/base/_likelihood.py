@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 RATE_FLOOR = 1e-8
-# of (particles x cells x genes): logits that are held at once, and what is worked on at once (32 and 0.5 MB in float32)
-BLOCK_ELEMENTS, TILE_ELEMENTS = 1 << 23, 1 << 17
+# of (particles x cells x genes): logits that are held at once, and what is worked on at once: on a CPU what stays in the
+# cache (28 and 0.5 MB in float32; from 32 MB glibc gives fresh pages every time), elsewhere as much as possible for a kernel
+BLOCK_ELEMENTS, TILE_ELEMENTS = 7 << 20, 1 << 17
+DEVICE_ELEMENTS = 1 << 26
 SMALL_COUNTS = 64
 
 
@@ -92,9 +94,9 @@ def _from_zero(sums: Tensor, *, large: bool) -> Tensor:
 def _differentiate(
     logits: Tensor, counts: Tensor, library: Tensor, theta: Tensor, weight: Tensor, d_theta: Tensor | None
 ) -> Tensor:
-    """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)`` per row; logits become its gradient (not for None).
+    """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)``; logits become its gradient (not for ``d_theta=None``).
 
-    With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
+    Shapes: logits ``(n_particles, n_cells, n_genes)``, counts ``(n_cells, n_genes)``, the value ``(n_particles, n_cells)``. With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
     softmax applied to ``(x - e) (1 - c)``, and ``e / theta - log(1 + mu / theta)`` that of ``theta``, whose weighted sum
     over rows is added to ``d_theta``.
     """
@@ -110,15 +112,22 @@ def _differentiate(
         return value
     expected = mu / (mu + theta)
     expected *= shifted
-    d_theta.addmv_(log_total.addcdiv_(expected, theta, value=-1).t(), weight, alpha=-1)
+    _add_rows(d_theta, log_total.addcdiv_(expected, theta, value=-1), -weight)
     slope = torch.sub(counts, expected, out=expected)
     slope.addcmul_(slope, torch.div(floor, mu, out=mu), value=-1)
     torch.addcmul(slope, rho, slope.sum(-1, keepdim=True), value=-1, out=logits)
     return value
 
 
+def _add_rows(total: Tensor, values: Tensor, weight: Tensor) -> None:
+    """Add rows ``(n_particles, n_cells, n_genes)``, weighted by cell, to a total ``(n_genes,)``."""
+    total.addmv_(values.flatten(0, 1).t(), weight.repeat(len(values)))
+
+
 class _FusedLogProb(torch.autograd.Function):
-    """Log-likelihoods and the gradient of their weighted sum, in one pass (matrix products in bfloat16 under autocast).
+    """Log-likelihoods, their weighted sum with the sign of a loss, and its gradient, in one pass.
+
+    Matrix products are in bfloat16 under autocast.
 
     Logits are made for as many cells as ``BLOCK_ELEMENTS`` allows, so that matrix products are large. What is elementwise
     goes over tiles of ``TILE_ELEMENTS`` that stay in the cache and leaves the gradient where the logits were.
@@ -139,27 +148,30 @@ class _FusedLogProb(torch.autograd.Function):
         device = x.device.type
         low = torch.bfloat16 if torch.is_autocast_enabled(device) else weight.dtype  # of matrix products
         with torch.autocast(device, enabled=False):
-            total, values, slopes = _value_and_slopes(
+            values, slopes = _values_and_slopes(
                 features,
                 weight,
                 bias,
                 theta,
                 x,
                 library,
-                row_weight,
+                -row_weight,
                 low=low,
                 needs_slopes=any(ctx.needs_input_grad[:4]),
             )
         ctx.save_for_backward(*slopes)
         ctx.mark_non_differentiable(values)
-        return total, values
+        return -(values * row_weight).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return (*(grads[0] * slope for slope in ctx.saved_tensors), None, None, None)
+        upstream = grads[0]
+        if upstream.device.type == "cpu" and upstream == 1:  # as in training: no copies as large as the weights
+            return (*ctx.saved_tensors, None, None, None)
+        return (*(upstream * slope for slope in ctx.saved_tensors), None, None, None)
 
 
-def _value_and_slopes(
+def _values_and_slopes(
     features: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -170,15 +182,16 @@ def _value_and_slopes(
     *,
     low: torch.dtype,
     needs_slopes: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return the weighted sum, the log-likelihoods and, if needed, the gradient of the sum by the first four arguments."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the log-likelihoods and, if needed, the gradient of their weighted sum by the first four arguments."""
     n_particles, n_cells, n_features = features.shape
     n_genes, values = len(bias), features.new_empty(n_particles, n_cells)
     slopes = tuple(torch.zeros_like(v) for v in (features, weight, bias, theta)) if needs_slopes else ()
     d_theta = slopes[3] if slopes else None
     count_terms, low_weight = _CountTable(x, theta), weight.to(low)
-    block = min(max(1, BLOCK_ELEMENTS // (n_particles * n_genes)), n_cells)
-    tile = max(1, TILE_ELEMENTS // n_genes)
+    on_cpu = x.device.type == "cpu"
+    block = min(max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // (n_particles * n_genes)), n_cells)
+    tile, n_together = (max(1, TILE_ELEMENTS // n_genes), 1) if on_cpu else (block, n_particles)
     buffer = features.new_empty(n_particles * block * n_genes)
     for start in range(0, n_cells, block):
         cells = slice(start, min(start + block, n_cells))
@@ -193,10 +206,11 @@ def _value_and_slopes(
             counts, w = x[part], row_weight[part]
             values[:, part] = count_terms(counts, w * n_particles, d_theta)
             pieces = logits.view(n_particles, -1, n_genes)[:, part.start - start : part.stop - start]
-            for particle, piece in enumerate(pieces):
-                values[particle, part] += _differentiate(piece, counts, library[part], theta, w, d_theta)
+            for i in range(0, n_particles, n_together):
+                piece = pieces[i : i + n_together]
+                values[i : i + n_together, part] += _differentiate(piece, counts, library[part], theta, w, d_theta)
                 if slopes:
-                    slopes[2].addmv_(piece.t(), w)
+                    _add_rows(slopes[2], piece, w)
         if slopes:
             w = row_weight[cells].repeat(n_particles)[:, None]
             low_logits = logits.to(low)  # by now their gradient
@@ -205,7 +219,7 @@ def _value_and_slopes(
                 slopes[1].addmm_(logits.t(), inputs * w)
             else:
                 slopes[1].add_(low_logits.t() @ (inputs * w).to(low))
-    return (values * row_weight).sum(), values, slopes
+    return values, slopes
 
 
 def fused_log_prob(
@@ -232,5 +246,5 @@ def fused_log_prob(
     """
     if not torch.is_grad_enabled():  # a Function sees parameters that require a gradient there as well
         features, weight, bias, theta = (v.detach() for v in (features, weight, bias, theta))
-    total, values = _FusedLogProb.apply(features, weight, bias, theta, x, library, row_weight)
-    return total, values
+    loss, values = _FusedLogProb.apply(features, weight, bias, theta, x, library, row_weight)
+    return -loss, values

@@ -150,7 +150,8 @@ class PerturbationModule(BaseModuleClass):
 
     def standardize(self, x: Tensor) -> Tensor:
         """Return ``log(1 + x)`` (or ``x``) minus mean over standard deviation of the training cells."""
-        return ((x.log1p() if self.log_input else x) - self.input_mean) / self.input_std
+        centered = x.log1p().sub_(self.input_mean) if self.log_input else x - self.input_mean
+        return centered.div_(self.input_std)
 
     # ---- draws ------------------------------------------------------------------------------------------------------
 
