@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,40 @@ from torch.distributions import Normal
 from scvi_cradle.module.base import BasalEncoder, Pairs, summed_gaussian_kl
 
 
+class EligibleCells(NamedTuple):
+    """Cells of a batch that have a counterfactual term: they passed QC and their label has a failed training cell.
+
+    Parameters
+    ----------
+    eligible
+        Which cells they are, boolean, shape ``(n_cells,)``.
+    cells
+        Their positions, shape ``(n_eligible,)``.
+    labels
+        Their label codes without repeats, shape ``(n_labels,)``.
+    label_of_cell
+        Which of these each of them has, shape ``(n_eligible,)``.
+    """
+
+    eligible: Tensor
+    cells: Tensor
+    labels: Tensor
+    label_of_cell: Tensor
+
+
+def eligible_cells(module: Any, label: Tensor, artifact: Tensor) -> EligibleCells | None:
+    """Return the cells with a counterfactual term; None if there are none."""
+    if module.cf_weight == 0 or not module.sees_effects:
+        return None
+    eligible = (artifact[:, 0] == 0) & module.references.available(label)
+    if not bool(eligible.any()):
+        return None
+    cells = eligible.nonzero()[:, 0]
+    return EligibleCells(eligible, cells, *torch.unique(label[cells], return_inverse=True))
+
+
 def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the divergence between reference and counterfactual basal states of eligible cells.
-
-    Eligible is a cell that passed QC and whose label has a failed training cell.
 
     Parameters
     ----------
@@ -30,12 +60,13 @@ def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, 
     The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
     """
     x_projected, label = latent.x_projected, inputs["label"]
-    eligible = (inputs["artifact"][:, 0] == 0) & module.references.available(label)
-    if module.cf_weight == 0 or not module.sees_effects or not bool(eligible.any()):
-        return x_projected.new_zeros(1, 0), torch.zeros_like(eligible)
-    cells = eligible.nonzero()[:, 0]
-    labels, inverse = torch.unique(label[cells], return_inverse=True)
-    reference = module.encoder.first.project("x", module.standardize(module.references(labels)))
+    found = eligible_cells(module, label, inputs["artifact"])
+    if found is None:
+        return x_projected.new_zeros(1, 0), torch.zeros_like(label, dtype=torch.bool)
+    eligible, cells, labels, inverse = found
+    reference = latent.reference_projected
+    if reference is None:
+        reference = module.encoder.first.project("x", module.standardize(module.references(labels)))
     effects = latent.offsets[0]
     counterfactual = module.encoder(
         x_projected.index_select(0, cells),

@@ -70,7 +70,8 @@ class _CountTable:
         place = torch.add(self.genes, small, alpha=len(self.genes)).view(-1)  # in the flat table
         values = self.terms.view(-1).index_select(0, place).view_as(x).sum(-1)
         if d_theta is not None:
-            d_theta.addmv_(self.slopes.view(-1).index_select(0, place).view_as(x).t(), weight)
+            slopes = self.slopes.view(-1).index_select(0, place).view_as(x)
+            d_theta += slopes.mul_(weight[:, None]).sum(0)
         if self.has_large:
             self._add_large(x, weight, values, d_theta)
         return values
@@ -94,11 +95,12 @@ def _from_zero(sums: Tensor, *, large: bool) -> Tensor:
 def _differentiate(
     logits: Tensor, counts: Tensor, library: Tensor, theta: Tensor, weight: Tensor, d_theta: Tensor | None
 ) -> Tensor:
-    """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)``; logits become its gradient (not for ``d_theta=None``).
+    """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)``; logits become its gradient times the weights of cells.
 
-    Shapes: logits ``(n_particles, n_cells, n_genes)``, counts ``(n_cells, n_genes)``, the value ``(n_particles, n_cells)``. With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
+    With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
     softmax applied to ``(x - e) (1 - c)``, and ``e / theta - log(1 + mu / theta)`` that of ``theta``, whose weighted sum
-    over rows is added to ``d_theta``.
+    over rows is added to ``d_theta`` (None: no gradients). Shapes: logits ``(n_particles, n_cells, n_genes)``, counts
+    ``(n_cells, n_genes)``, the value ``(n_particles, n_cells)``.
     """
     rho = torch.softmax(logits, dim=-1)
     floor = library * RATE_FLOOR
@@ -112,16 +114,12 @@ def _differentiate(
         return value
     expected = mu / (mu + theta)
     expected *= shifted
-    _add_rows(d_theta, log_total.addcdiv_(expected, theta, value=-1), -weight)
+    weight = weight[:, None]
+    d_theta -= log_total.addcdiv_(expected, theta, value=-1).mul_(weight).sum((0, 1))
     slope = torch.sub(counts, expected, out=expected)
     slope.addcmul_(slope, torch.div(floor, mu, out=mu), value=-1)
-    torch.addcmul(slope, rho, slope.sum(-1, keepdim=True), value=-1, out=logits)
+    torch.addcmul(slope, rho, slope.sum(-1, keepdim=True), value=-1, out=logits).mul_(weight)
     return value
-
-
-def _add_rows(total: Tensor, values: Tensor, weight: Tensor) -> None:
-    """Add rows ``(n_particles, n_cells, n_genes)``, weighted by cell, to a total ``(n_genes,)``."""
-    total.addmv_(values.flatten(0, 1).t(), weight.repeat(len(values)))
 
 
 class _FusedLogProb(torch.autograd.Function):
@@ -190,7 +188,7 @@ def _values_and_slopes(
     d_theta = slopes[3] if slopes else None
     count_terms, low_weight = _CountTable(x, theta), weight.to(low)
     on_cpu = x.device.type == "cpu"
-    block = min(max(1, (BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // (n_particles * n_genes)), n_cells)
+    block = max(1, min((BLOCK_ELEMENTS if on_cpu else DEVICE_ELEMENTS) // (n_particles * n_genes), n_cells))
     tile, n_together = (max(1, TILE_ELEMENTS // n_genes), 1) if on_cpu else (block, n_particles)
     buffer = features.new_empty(n_particles * block * n_genes)
     for start in range(0, n_cells, block):
@@ -210,15 +208,14 @@ def _values_and_slopes(
                 piece = pieces[i : i + n_together]
                 values[i : i + n_together, part] += _differentiate(piece, counts, library[part], theta, w, d_theta)
                 if slopes:
-                    _add_rows(slopes[2], piece, w)
+                    slopes[2].add_(piece.sum((0, 1)))
         if slopes:
-            w = row_weight[cells].repeat(n_particles)[:, None]
-            low_logits = logits.to(low)  # by now their gradient
-            slopes[0][:, cells] = ((low_logits @ low_weight) * w).view(n_particles, -1, n_features)
+            low_logits = logits.to(low)  # by now the weighted gradient
+            slopes[0][:, cells] = (low_logits @ low_weight).view(n_particles, -1, n_features)
             if low == weight.dtype:
-                slopes[1].addmm_(logits.t(), inputs * w)
+                slopes[1].addmm_(logits.t(), inputs)
             else:
-                slopes[1].add_(low_logits.t() @ (inputs * w).to(low))
+                slopes[1].add_(low_logits.t() @ inputs.to(low))
     return values, slopes
 
 

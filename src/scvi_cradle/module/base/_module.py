@@ -148,10 +148,14 @@ class PerturbationModule(BaseModuleClass):
             return Pairs(cell, treatment, dosage[cell, treatment], len(dosage))
         return Pairs.from_members(self.label_members[label])
 
-    def standardize(self, x: Tensor) -> Tensor:
-        """Return ``log(1 + x)`` (or ``x``) minus mean over standard deviation of the training cells."""
-        centered = x.log1p().sub_(self.input_mean) if self.log_input else x - self.input_mean
-        return centered.div_(self.input_std)
+    def standardize(self, *blocks: Tensor) -> Tensor:
+        """Return ``log(1 + x)`` (or ``x``) minus mean over standard deviation of the training cells, of blocks of rows."""
+        if len(blocks) > 1:
+            values = torch.cat(blocks)
+            values = values.log1p_() if self.log_input else values
+        else:
+            values = blocks[0].log1p() if self.log_input else blocks[0].clone()
+        return values.sub_(self.input_mean).div_(self.input_std)
 
     # ---- draws ------------------------------------------------------------------------------------------------------
 
