@@ -40,6 +40,7 @@ class Size:
     seed: int = 0
 
 
+BFLOAT16 = "bfloat16"
 S = Size()  # 56 % of the counts are not 0
 L = Size(genes=19_018, treatments=105, counts_per_gene=0.25)  # 16 %
 
@@ -256,7 +257,11 @@ def gradient_error(module: CradleVAEModule, batch: Batch, setting: str) -> float
 
 @contextmanager
 def matmul_precision(setting: str) -> Iterator[None]:
-    """Set the precision of float32 matrix products, and set it back."""
+    """Set the precision of matrix products, and set it back."""
+    if setting == BFLOAT16:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:

@@ -596,3 +596,25 @@ def test_covariates_enter_the_decoder(screen):
     assert model.get_generated_expression(["G01"], n_samples=5).n_obs == 5
     query = adata[:9].copy()
     assert model.get_latent_representation(query).shape == (9, 50)
+
+
+@pytest.mark.parametrize("posterior", ["correlated", "correlated_basal"])
+def test_mixed_precision_trains_nearly_as_single_precision(screen, posterior):
+    adata, elbos = screen.copy(), {}
+    CradleVAE.setup_anndata(adata, **SETUP)
+    for precision in ("32-true", "bf16-mixed"):
+        scvi.settings.seed = 0
+        model = CradleVAE(adata, n_latent=5, posterior=posterior)
+        model.train(max_steps=5, batch_size=32, precision=precision, enable_progress_bar=False)
+        assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+        elbos[precision] = float(model.history["elbo_train"].iloc[-1].item())
+    assert elbos["bf16-mixed"] != elbos["32-true"]
+    assert elbos["bf16-mixed"] == pytest.approx(elbos["32-true"], rel=0.01)
+
+
+def test_metrics_of_steps_on_request(screen):
+    adata = screen.copy()
+    CradleVAE.setup_anndata(adata, **SETUP)
+    model = CradleVAE(adata, n_latent=5)
+    model.train(max_epochs=2, batch_size=32, enable_progress_bar=False, plan_kwargs={"on_step": True})
+    assert {"train_loss_step", "cf_kl_train_step", "train_loss", "cf_kl_train"} <= set(model.history)

@@ -276,3 +276,18 @@ def test_fixed_references_are_the_stored_profiles():
     profiles = np.arange(2 * N_GENES).reshape(2, N_GENES)
     module.references.set(np.array([1, 4]), profiles, ())
     np.testing.assert_array_equal(module.references(torch.tensor([4, 1, 4])).numpy(), profiles[[1, 0, 1]])
+
+
+@pytest.mark.parametrize("draws", ["cell", "batch"])
+def test_reference_profiles_beside_the_cells_or_alone(draws):
+    """In training they are projected with the cells, in validation on their own."""
+    labels, failed, _ = epoch()
+    module, tensors, losses = make_module(labels, failed, draws=draws), make_tensors(labels, failed), []
+    for context in (torch.enable_grad, torch.no_grad):
+        torch.manual_seed(0)
+        with context():
+            outputs = module.inference(**module._get_inference_input(tensors))
+            assert (outputs["latent"].reference_projected is None) == (not torch.is_grad_enabled())
+            decoded = module.generative(**module._get_generative_input(tensors, outputs))
+            losses.append(float(module.loss(tensors, outputs, decoded).loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

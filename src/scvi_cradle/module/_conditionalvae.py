@@ -87,7 +87,7 @@ class ConditionalVAEModule(PerturbationModule):
         """Draw the latent state of cells (arguments as in :meth:`SAMSVAEModule.inference`)."""
         pairs = self.pairs(label, dosage)
         first = self.encoder.first
-        offsets = (first.project("dosage", pairs.dosage(self.n_treatments).to(x)),)
+        offsets = (pairs.total(first.columns("dosage", pairs.treatment)[None]),)
         q_basal = posterior_of_cells(
             self.encoder, first.project("x", self.standardize(x)), offsets, n_samples or self.n_particles
         )
@@ -97,7 +97,9 @@ class ConditionalVAEModule(PerturbationModule):
     @auto_move_data
     def generative(self, latent: LatentDraw, pairs: Pairs, covariates: Tensor) -> dict[str, Tensor]:
         """Return the inputs of the decoder's output layer, shape ``(n_particles, n_cells, n_features)``."""
-        return {"features": self.decoder.features_of(self.prior(pairs, latent.z_basal), covariates)}
+        projected = {"basal": self.decoder.project("basal", latent.z_basal)}
+        projected["dosage"] = pairs.total(self.decoder.first.columns("dosage", pairs.treatment)[None])
+        return {"features": self.decoder.features(projected, None, covariates)}
 
     # ---- new cells, other treatments --------------------------------------------------------------------------------
 

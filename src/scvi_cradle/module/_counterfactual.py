@@ -43,6 +43,15 @@ def eligible_cells(module: Any, label: Tensor, artifact: Tensor) -> EligibleCell
     return EligibleCells(eligible, cells, *torch.unique(label[cells], return_inverse=True))
 
 
+def project_with_references(module: Any, x: Tensor, label: Tensor, artifact: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Project expression into the encoder's first layer; in training, reference profiles of the batch in the same product."""
+    found = eligible_cells(module, label, artifact) if torch.is_grad_enabled() else None
+    if found is None:
+        return module.encoder.first.project("x", module.standardize(x)), None
+    both = module.standardize(x, module.references(found.labels))
+    return module.encoder.first.project("x", both).split((len(x), len(found.labels)))
+
+
 def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the divergence between reference and counterfactual basal states of eligible cells.
 

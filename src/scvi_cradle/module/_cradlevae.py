@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle.module._counterfactual import counterfactual_kl, eligible_cells
+from scvi_cradle.module._counterfactual import counterfactual_kl, project_with_references
 from scvi_cradle.module.base import (
     AmortizedEmbedding,
     ArtifactLatent,
@@ -230,7 +230,7 @@ class CradleVAEModule(PerturbationModule):
             Source of randomness; default: torch's global one.
         """
         n_particles, pairs = n_samples or self.n_particles, self.pairs(label, dosage)
-        x_projected, reference = self._project(x, label, artifact)  # once for all passes
+        x_projected, reference = project_with_references(self, x, label, artifact)  # once for all passes
         draw = self.draw_effects(pairs, n_particles, sample=sample, effects=effects, generator=generator)
         n_vectors = len(x) if self.per_cell else 1
         u, kl_artifact = vector or self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
@@ -243,14 +243,6 @@ class CradleVAEModule(PerturbationModule):
             q_basal, z_basal, draw, z_perturbation, u, kl_artifact, z_artifact, x_projected, reference, offsets
         )
         return {"latent": latent, "pairs": pairs}
-
-    def _project(self, x: Tensor, label: Tensor, artifact: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Project expression into the encoder's first layer; in training, together with the reference profiles of the batch."""
-        found = eligible_cells(self, label, artifact) if torch.is_grad_enabled() else None
-        if found is None:
-            return self.encoder.first.project("x", self.standardize(x)), None
-        both = self.standardize(x, self.references(found.labels))
-        return self.encoder.first.project("x", both).split((len(x), len(found.labels)))
 
     def _encoder_offsets(self, draw: EffectDraw, pairs: Pairs, vector: Tensor, artifact: Tensor) -> tuple[Tensor, ...]:
         """Project effects (once per row) and the artifact vector (once per draw) into the encoder's first layer."""

@@ -41,6 +41,10 @@ class SplitLinear(nn.Module):
         """Return ``W_name value``, shape ``(..., n_out)``, without the bias."""
         return nn.functional.linear(value, self.weights[name])
 
+    def columns(self, name: str, index: Tensor) -> Tensor:
+        """Return the projections of unit vectors, shape ``(len(index), n_out)``: of a sparse input only what is not 0."""
+        return self.weights[name].t().index_select(0, index)
+
 
 class ResidualLayers(nn.Module):
     """Hidden layers after the first: ``h <- h + LeakyReLU(W h + b)``; none for ``n_layers = 0``."""
