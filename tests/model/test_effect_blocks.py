@@ -47,7 +47,12 @@ def one_by_one(model, labels, n, seed):
         members = torch.as_tensor(model._members([label])).expand(n, -1)
         pairs = Pairs.from_members(members)
         n_slots = len(pairs.cell) // n
-        drawn = module.effects.draw_noise((n, n_slots, module.n_latent), particles.generator)
+        paired = module.effects.is_amortized  # two neighbours share a mask, their embeddings lie opposite
+        drawn = module.effects.draw_noise((n // 2 if paired else n, n_slots, module.n_latent), particles.generator)
+        if paired:
+            mask, embedding = (x.repeat_interleave(2, 0) for x in drawn)
+            embedding[1::2] *= -1
+            drawn = EffectNoise(mask, embedding)
         drawn = EffectNoise(*(x.reshape(1, n * n_slots, module.n_latent) for x in drawn))  # cell by cell, slot by slot
         parts = module.prior(pairs, noise, effect_noise=drawn) | {"artifact": torch.zeros_like(noise)}
         output = module.decoder.output(module.decoder.features_of(parts, covariates))[0]
@@ -87,6 +92,21 @@ def test_sizes_of_blocks_change_nothing(trained, monkeypatch, share_basal):
         parts = effects()
         np.testing.assert_allclose(parts.X, whole.X, atol=1e-5)
         np.testing.assert_allclose(parts.layers["std"], whole.layers["std"], atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_antithetic_particles(shared_screen, n):
+    model = with_strong_effects(CradleVAE, shared_screen.copy(), posterior="correlated")
+    effects, treatment = model.module.effects, torch.tensor([0, 1])
+    noise = effects.draw_noise(((n + 1) // 2, 2, model.module.n_latent))
+    drawn = effects.at(treatment, noise, n)
+    mask = (noise.mask > torch.sigmoid(-effects.mask.logits[treatment])).float()
+    posterior = effects.embedding(treatment, mask)
+    for particle in range(n):
+        sign = 1 - 2 * (particle % 2)
+        embedding = (posterior.loc + sign * posterior.scale * noise.embedding)[particle // 2]
+        torch.testing.assert_close(drawn[particle], embedding * mask[particle // 2])
+    assert drawn.shape == (n, 2, model.module.n_latent)
 
 
 def test_table_is_built_once_and_never_stale(shared_screen):

@@ -18,7 +18,7 @@ from scvi_cradle.module.base import (
     total_count_bias,
 )
 
-BLOCK_VALUES = 600_000  # particles times labels times genes that are held at once, about what the cache takes
+BLOCK_VALUES = 1_200_000  # particles times labels times genes that are held at once, about what the cache takes
 MIN_ROWS, MAX_ROWS = 64, 1024  # particles times labels
 BLOCK_LABELS = 4  # labels that share the basal part of the decoder
 
@@ -57,7 +57,7 @@ class Block(NamedTuple):
     basal
         Basal states, shape ``(n_particles, n_labels or 1, n_latent)``.
     noise
-        Of their effects, if the module has effects.
+        Of their effects, if the module has effects: for every particle, or for every two neighbours.
     dispersion
         Factors of sampled counts that labels share, shape ``(n_particles, 1, n_genes)``.
     """
@@ -103,6 +103,8 @@ class EffectBlocks:
         self.size = libraries[particles.library]
         self._n_rows = min(MAX_ROWS, max(MIN_ROWS, BLOCK_VALUES // module.decoder.output.out_features))
         self._fast = FastLinear()
+        # where a network makes embeddings of masks, it is evaluated once for two particles
+        self._per_noise = 2 if module.effects is not None and module.effects.is_amortized else 1
 
     def differences(self, members: Tensor, *, share_basal: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield mean and standard deviation over particles of every label minus the first, each ``(n_genes,)``."""
@@ -116,7 +118,7 @@ class EffectBlocks:
         for codes in members[1:].split(max(BLOCK_LABELS, self._n_rows // n)):
             block = self._draw(codes, basal if share_basal else None, dispersion)
             mean = squares = torch.zeros((), dtype=torch.float64)
-            for rows in _slices(n, max(1, self._n_rows // len(codes))):
+            for rows in _slices(n, self._n_rows // len(codes)):
                 difference = self.expression(block, rows).sub_(base[rows])
                 center = difference.mean(0)
                 apart = difference.sub_(center).square_().sum(0)
@@ -133,7 +135,7 @@ class EffectBlocks:
             if basal is None:
                 states.append(self.particles.draw_noise().transpose(0, 1))
             if module.effects is not None:
-                shape = (n, int((row >= 0).sum()), module.n_latent)
+                shape = (-(-n // self._per_noise), int((row >= 0).sum()), module.n_latent)
                 noises.append(module.effects.draw_noise(shape, generator))
         noise = EffectNoise(*(torch.cat(x, 1) for x in zip(*noises, strict=True))) if noises else None
         return Block(members, torch.cat(states, 1) if basal is None else basal, noise, dispersion)
@@ -142,7 +144,8 @@ class EffectBlocks:
         """Return outputs of the decoder of some particles of a block, shape ``(n_rows, n_labels, n_genes)``."""
         noise = {}
         if block.noise is not None:
-            noise["effect_noise"] = EffectNoise(*(x[rows] for x in block.noise))
+            drawn = slice(rows.start // self._per_noise, -(-rows.stop // self._per_noise))
+            noise["effect_noise"] = EffectNoise(*(x[drawn] for x in block.noise))
         with self._fast:
             parts = self.module.prior(Pairs.from_members(block.members), block.basal[rows], **noise)
             return self.module.decoder(parts, self.particles.covariates[rows])
@@ -172,5 +175,7 @@ class EffectBlocks:
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
+    """Yield slices of an even size, so that no two particles of one noise are parted."""
+    size = max(2, size // 2 * 2)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))

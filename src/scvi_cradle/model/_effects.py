@@ -52,7 +52,9 @@ class EffectsMixin(GenerationMixin):
         perturbations
             Labels, also unseen combinations. Default: all labels seen in training but the control, sorted.
         n_particles
-            Draws of all latent variables per label.
+            Draws of all latent variables per label. Where the posterior of embeddings is a network of masks
+            (``posterior="correlated"`` or ``"correlated_embedding"``), two particles share a mask and have embeddings on
+            opposite sides of its mean (antithetic draws), which halves the evaluations of the network.
         method
             ``"perturbseq"``: mean of ``log2(1 + 1e4 x / sum(x))``, treated minus control; ``"mean"``: difference of
             mean counts (or values). Default: ``"perturbseq"`` for counts, else ``"mean"``.

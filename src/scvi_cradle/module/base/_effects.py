@@ -41,7 +41,7 @@ class Pairs(NamedTuple):
 
 
 class EffectNoise(NamedTuple):
-    """What drawn effects are functions of, each ``(n_particles, n_pairs, n_latent)``, or of width 0 where nothing is drawn.
+    """What drawn effects are functions of, each ``(n_particles or half of them, n_pairs, n_latent)``, or of width 0.
 
     Parameters
     ----------
@@ -160,8 +160,16 @@ class TreatmentEffects(nn.Module):
             torch.randn(none if is_point else shape, generator=generator, device=device),
         )
 
-    def at(self, treatment: Tensor, noise: EffectNoise) -> Tensor:
-        """Return the effects ``e * m`` of pairs at given noise, ``(n_particles, n_pairs, n_latent)``; no gradient of masks."""
+    @property
+    def is_amortized(self) -> bool:
+        """Whether the posterior of an embedding is a network of its mask."""
+        return isinstance(self.embedding, AmortizedEmbedding)
+
+    def at(self, treatment: Tensor, noise: EffectNoise, n_particles: int) -> Tensor:
+        """Return the effects ``e * m`` of pairs at given noise, ``(n_particles, n_pairs, n_latent)``; no gradient of masks.
+
+        With noise for half of the particles, two neighbours share a mask and have embeddings on opposite sides of its mean.
+        """
         mask = None
         if self.mask is not None:
             mask = (noise.mask > torch.sigmoid(-self.mask.logits[treatment])).to(self.mask.logits)
@@ -170,6 +178,11 @@ class TreatmentEffects(nn.Module):
         else:
             posterior = self.embedding(treatment, mask)
             embedding = torch.addcmul(posterior.loc, posterior.scale, noise.embedding)
+            if len(noise.embedding) < n_particles:
+                opposite = torch.addcmul(posterior.loc, posterior.scale, noise.embedding, value=-1)
+                embedding = torch.stack([embedding, opposite], 1)  # (n_particles / 2, 2, n_pairs, n_latent)
+                embedding = embedding if mask is None else embedding * mask[:, None]
+                return embedding.flatten(0, 1)[:n_particles]
         return embedding if mask is None else mask * embedding
 
     def draw_all(self, n_treatments: int, generator: Generator | None = None) -> EffectDraw:

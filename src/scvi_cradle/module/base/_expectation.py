@@ -129,4 +129,4 @@ class LogNormalizedExpectation:
         position = torch.add(start, log_share, alpha=1 / STEP_LOG_MU).clamp_(0, n_mu - 1.001)
         index = position.to(torch.int32).add_(self._gene).add_((library * (n_genes * n_mu)).to(torch.int32)).view(-1)
         below, above = (t.index_select(0, index).view(position.shape) for t in (self._below, self._above))
-        return torch.lerp(below, above, position.frac_())
+        return torch.lerp(below, above, position.frac_(), out=below)

@@ -182,7 +182,7 @@ class PerturbationModule(BaseModuleClass):
         """Return the effects of new cells, drawn pair by pair or at given noise, ``(n_particles, n_cells, n_latent)``."""
         if noise is None:
             noise = self.effects.draw_noise((n_particles, len(pairs.treatment), self.n_latent), generator)
-        return pairs.total(self.effects.at(pairs.treatment, noise))
+        return pairs.total(self.effects.at(pairs.treatment, noise, n_particles))
 
     def draw_globals(self, generator: Generator | None = None) -> dict[str, Any]:
         """Draw all global variables once; the result is an argument of ``inference``."""
