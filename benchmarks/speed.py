@@ -191,7 +191,7 @@ def run_memory(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     from _step_memory import measure_step_memory
 
     found = measure_step_memory(quick=quick)
-    show("| working memory of a step at L, n = 128 | MB |\n|---|---|")
+    show(f"| working memory of a step at L, n = {64 if quick else 128} | MB |\n|---|---|")
     show(f"| (a) published | {found['published_mb']:.0f} |\n| scvi_cradle | {found['ours_mb']:.0f} |")
     return {"step_memory_L": found["step_memory_L"]}
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.sparse as sp
 import scvi
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from scvi_cradle import CradleVAE, datasets, presets
 from scvi_cradle.train import PerturbationTrainingPlan
@@ -617,4 +618,20 @@ def test_metrics_of_steps_on_request(screen):
     CradleVAE.setup_anndata(adata, **SETUP)
     model = CradleVAE(adata, n_latent=5)
     model.train(max_epochs=2, batch_size=32, enable_progress_bar=False, plan_kwargs={"on_step": True})
-    assert {"train_loss_step", "cf_kl_train_step", "train_loss", "cf_kl_train"} <= set(model.history)
+    n_steps = 2 * -(-len(model.train_indices) // 32)
+    assert len(model.history["train_loss_step"]) == n_steps
+    assert {"train_loss_epoch", "elbo_train_epoch"} <= set(model.history)
+
+
+def test_callbacks_see_the_epoch_that_ends(screen):
+    seen = []
+
+    class Spy(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append(float(trainer.callback_metrics["train_loss"]))
+
+    adata = screen.copy()
+    CradleVAE.setup_anndata(adata, **SETUP)
+    model = CradleVAE(adata, n_latent=5)
+    model.train(max_epochs=3, batch_size=32, enable_progress_bar=False, callbacks=[Spy()])
+    np.testing.assert_allclose(seen, model.history["train_loss"].to_numpy(dtype=float).ravel(), rtol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from scvi import REGISTRY_KEYS
+from scvi import REGISTRY_KEYS, settings
 from scvi.data import AnnDataManager
 from scvi.dataloaders import DataSplitter
 from torch import Tensor
@@ -46,9 +46,8 @@ class SparseRows:
         self.n_columns = matrix.shape[1]
         self.data = torch.as_tensor(np.empty(0, dtype=dtype), device=device).new_empty(size)
         self.indices = torch.empty(size, dtype=torch.int32, device=device)
-        self.lengths = np.zeros(
-            len(rows), dtype=np.int64
-        )  # on the host: sizes of batches without waiting for the device
+        # on the host: sizes of batches without waiting for the device
+        self.lengths = np.zeros(len(rows), dtype=np.int64)
         for start in range(0, len(rows), BLOCK_SIZE):
             block = rows_of(matrix, rows[start : start + BLOCK_SIZE])
             block.sum_duplicates()
@@ -136,7 +135,9 @@ class DeviceDataSplitter(DataSplitter):
         assert self.fields is not None
         data = _Cells(self.fields, first, n_cells, self._device)
         order = RandomSampler(data) if training else SequentialSampler(data)
-        batches = BatchSampler(order, self.data_loader_kwargs["batch_size"], self.drop_last and training)
+        batches = BatchSampler(
+            order, self.data_loader_kwargs.get("batch_size", settings.batch_size), self.drop_last and training
+        )
         return DataLoader(data, sampler=batches, batch_size=None)
 
     def _is_loaded(self) -> bool:

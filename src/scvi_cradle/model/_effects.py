@@ -54,7 +54,8 @@ class EffectsMixin(GenerationMixin):
         n_particles
             Draws of all latent variables per label. Where the posterior of embeddings is a network of masks
             (``posterior="correlated"`` or ``"correlated_embedding"``), two particles share a mask and have embeddings on
-            opposite sides of its mean (antithetic draws), which halves the evaluations of the network.
+            opposite sides of its mean (antithetic draws): half of the evaluations of the network, at some 1.2 times the
+            variance of independent draws.
         method
             ``"perturbseq"``: mean of ``log2(1 + 1e4 x / sum(x))``, treated minus control; ``"mean"``: difference of
             mean counts (or values). Default: ``"perturbseq"`` for counts, else ``"mean"``.

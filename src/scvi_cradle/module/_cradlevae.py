@@ -43,9 +43,7 @@ class LatentDraw(NamedTuple):
     kl_artifact: Tensor  # ()
     z_artifact: Tensor  # (P, n, D)
     x_projected: Tensor  # (n, H), the expression in the encoder's first layer
-    reference_projected: (
-        Tensor | None
-    )  # (n_labels, H), the same of the reference profiles of eligible cells, in training
+    reference_projected: Tensor | None  # (n_labels, H), the same of reference profiles, in training
     offsets: tuple[Tensor, ...]  # what the encoder adds for effects (P, n, H) and for the artifact; empty: mean field
     prior_mean: float = 0.0  # of z_b
 

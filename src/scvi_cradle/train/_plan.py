@@ -77,9 +77,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         effects = [p for name, p in self.module.named_parameters() if name.startswith(EFFECTS)]
         others = [p for name, p in self.module.named_parameters() if not name.startswith(EFFECTS)]
         groups = [{"params": others}, {"params": effects, "lr": self.lr * self.effect_lr_scale}]
-        fused = not isinstance(
-            self.trainer.precision_plugin, MixedPrecision
-        )  # which cannot clip gradients of fused ones
+        # mixed precision cannot clip the gradients of a fused optimiser
+        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.Adam(groups, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay, fused=fused)
         if self.lr_schedule == "constant":
             return {"optimizer": optimizer}
@@ -95,13 +94,25 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Take a step."""
+        if self._is_told_at_once:
+            self.is_first_batch = batch_idx == 0
+            return super().training_step(batch, batch_idx)
         if "kl_weight" in self.loss_kwargs:
             self.loss_kwargs["kl_weight"] = self.kl_weight
         return self._measure(batch, batch_idx, "train", self.train_metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the loss of a batch."""
+        if self._is_told_at_once:
+            self.is_first_batch = batch_idx == 0
+            super().validation_step(batch, batch_idx)
+            return
         self._measure(batch, batch_idx, "validation", self.val_metrics)
+
+    @property
+    def _is_told_at_once(self) -> bool:
+        """Whether scvi-tools' own logging of steps was asked for."""
+        return bool(self.on_step or not self.on_epoch)
 
     def _measure(self, batch: Any, batch_idx: int, mode: str, metrics: dict[str, Any]) -> Any:
         """Return the loss of a batch, and keep what is logged."""
@@ -120,8 +131,12 @@ class PerturbationTrainingPlan(TrainingPlan):
         n_cells = loss_output.n_obs_minibatch
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
+        if self._is_told_at_once:
+            super().compute_and_log_metrics(loss_output, metrics, mode)
+            return
+        sums = self.sums.setdefault(mode, {})
         if self.is_first_batch:
-            self.sums[mode] = {}
+            sums.clear()
             self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=self.use_sync_dist)
         with torch.inference_mode():
             metrics[f"elbo_{mode}"].update(
@@ -133,14 +148,16 @@ class PerturbationTrainingPlan(TrainingPlan):
             extra = {f"{key}_{mode}": value.detach() for key, value in loss_output.extra_metrics.items()}
             values = {f"{mode}_loss": loss_output.loss.detach()} | extra
             for name, value in (values | {N_CELLS: 1.0}).items():
-                self.sums[mode][name] = self.sums[mode].get(name, 0.0) + value * n_cells
-        if self.on_step:
-            self.log_dict({f"{name}_step": value for name, value in values.items()}, on_step=True, on_epoch=False)
+                sums[name] = sums.get(name, 0.0) + value * n_cells
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Log the epoch after its last batch: callbacks at the end of the epoch see it."""
+        super().on_train_batch_end(*args)
+        if self.trainer.is_last_batch:
+            self._log_means("train")
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch."""
-        if "kl_weight" in self.loss_kwargs:
-            self.log("kl_weight", self.loss_kwargs["kl_weight"])
+        """Log an epoch that ended before its last batch."""
         self._log_means("train")
         super().on_train_epoch_end()
 
@@ -151,10 +168,19 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     def _log_means(self, mode: str) -> None:
         sums = self.sums.pop(mode, {})
+        if mode == "train" and sums and "kl_weight" in self.loss_kwargs:
+            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=False, on_epoch=True)
         n_cells = int(sums.pop(N_CELLS, 0))
         for name, total in sums.items():
-            in_bar = name == "train_loss"
-            self.log(name, total / n_cells, prog_bar=in_bar, batch_size=n_cells, sync_dist=self.use_sync_dist)
+            self.log(
+                name,
+                total / n_cells,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "train_loss",
+                batch_size=n_cells,
+                sync_dist=self.use_sync_dist,
+            )
 
 
 class ContinuedTrainingPlan(PerturbationTrainingPlan):

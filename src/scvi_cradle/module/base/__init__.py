@@ -58,6 +58,7 @@ from scvi_cradle.module.base._scm import (
 )
 
 __all__ = [
+    "RATE_FLOOR",
     "AmortizedEmbedding",
     "ArtifactLatent",
     "BasalEncoder",
@@ -88,7 +89,6 @@ __all__ = [
     "PerturbationModule",
     "PointEmbedding",
     "PoissonLikelihood",
-    "RATE_FLOOR",
     "QuantileHurdleDecoder",
     "References",
     "ResidualLayers",
@@ -122,8 +122,8 @@ __all__ = [
     "softmax_rates",
     "solve_columns",
     "solve_in_order",
-    "total_count_bias",
     "start_output",
     "straight_through_bernoulli",
     "summed_gaussian_kl",
+    "total_count_bias",
 ]

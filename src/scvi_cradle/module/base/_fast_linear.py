@@ -30,10 +30,11 @@ class FastLinear(TorchFunctionMode):
         """Replace :func:`torch.nn.functional.linear` where it pays."""
         if func is not linear or kwargs or self._product is None or not _pays(*args[:2]):
             return func(*args, **(kwargs or {}))
-        value, weight, *bias = args
-        return self._product(value, weight.contiguous(), *(bias or [None]), "none", [], "")
+        value, weight, bias = (*args, None)[:3]
+        return self._product(value, weight.contiguous(), None if bias is None else bias.contiguous(), "none", [], "")
 
 
 def _pays(value: Tensor, weight: Tensor) -> bool:
     single = value.device.type == "cpu" and value.dtype == weight.dtype == torch.float32
+    single = single and weight.dim() == 2 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
     return single and not torch.is_grad_enabled() and value.numel() * len(weight) >= MIN_PRODUCTS

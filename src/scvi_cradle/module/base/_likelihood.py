@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 RATE_FLOOR = 1e-8
 # of (particles x cells x genes): logits that are held at once, and what is worked on at once: on a CPU what stays in the
@@ -46,6 +47,8 @@ def negative_binomial_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
 class _CountTable:
     """Terms of the log-likelihood that do not depend on the mean, with their derivatives by ``theta``.
 
+    Derivatives are those of ``lgamma(x + theta) - lgamma(theta) - min(x, 64) log theta``: small for nearly Poisson genes,
+    and not as large as ``x / theta`` for large counts, which would leave no digits in single precision.
     ``lgamma(x + theta) - lgamma(theta) - x log theta = sum_{j<x} log(1 + j / theta)`` is a sum over ``j`` for counts below
     64; others are evaluated one by one in double precision.
 
@@ -82,7 +85,7 @@ class _CountTable:
         terms = torch.lgamma(counts + theta) - torch.lgamma(theta) - torch.lgamma(counts + 1) - counts * theta.log()
         values.index_add_(0, cell, terms.to(values))
         if d_theta is not None:
-            slopes = torch.digamma(counts + theta) - torch.digamma(theta) - counts / theta
+            slopes = torch.digamma(counts + theta) - torch.digamma(theta) - SMALL_COUNTS / theta
             d_theta.index_add_(0, gene, slopes.to(d_theta) * weight[cell])
 
 
@@ -97,9 +100,9 @@ def _differentiate(
 ) -> Tensor:
     """Return ``sum_g x log mu - (x + theta) log(1 + mu / theta)``; logits become its gradient times the weights of cells.
 
-    With ``e = mu (x + theta) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the
-    softmax applied to ``(x - e) (1 - c)``, and ``e / theta - log(1 + mu / theta)`` that of ``theta``, whose weighted sum
-    over rows is added to ``d_theta`` (None: no gradients). Shapes: logits ``(n_particles, n_cells, n_genes)``, counts
+    With ``d = (x - mu) / (mu + theta)`` and the floor's share ``c = 1e-8 l / mu``, the gradient is that of the softmax
+    applied to ``theta d (1 - c)``. The weighted sum over rows of ``min(x, 64) / theta - d - log(1 + mu / theta)`` is added to
+    ``d_theta`` (None: no gradients): the derivative by ``theta`` less that of the table of counts. Shapes: logits ``(n_particles, n_cells, n_genes)``, counts
     ``(n_cells, n_genes)``, the value ``(n_particles, n_cells)``.
     """
     rho = torch.softmax(logits, dim=-1)
@@ -112,11 +115,12 @@ def _differentiate(
     value -= torch.linalg.vecdot(shifted, log_total)
     if d_theta is None:
         return value
-    expected = mu / (mu + theta)
-    expected *= shifted
     weight = weight[:, None]
-    d_theta -= log_total.addcdiv_(expected, theta, value=-1).mul_(weight).sum((0, 1))
-    slope = torch.sub(counts, expected, out=expected)
+    slope = counts - mu
+    slope /= mu + theta
+    log_total.add_(slope).sub_(counts.clamp(max=SMALL_COUNTS).div_(theta))
+    d_theta -= log_total.mul_(weight).sum((0, 1))
+    slope *= theta
     slope.addcmul_(slope, torch.div(floor, mu, out=mu), value=-1)
     torch.addcmul(slope, rho, slope.sum(-1, keepdim=True), value=-1, out=logits).mul_(weight)
     return value
@@ -162,6 +166,7 @@ class _FusedLogProb(torch.autograd.Function):
         return -(values * row_weight).sum(), values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
         if upstream.device.type == "cpu" and upstream == 1:  # as in training: no copies as large as the weights

@@ -70,7 +70,9 @@ class GaussianHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Normal:
         """Map ``(..., n_in)`` to a normal of shape ``(..., n_out)``."""
-        mean, log_variance = self.linear(hidden).split(self.n_out, dim=-1)
+        output = self.linear(hidden)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))  # also in mixed precision
+        mean, log_variance = output.split(self.n_out, dim=-1)
         return Normal(mean, _Scale.apply(log_variance), validate_args=False)
 
 

@@ -97,9 +97,8 @@ def solve_in_order(weights: Tensor, inputs: Tensor) -> Tensor:
 
 def solve_columns(weights: Tensor, inputs: Tensor) -> Tensor:
     """Return :func:`solve_in_order` of every column of ``inputs``, shape ``(..., d, k)``."""
-    wide = torch.promote_types(
-        torch.promote_types(weights.dtype, inputs.dtype), torch.float32
-    )  # none is solved in less
+    # nothing is solved in less than single precision
+    wide = torch.promote_types(torch.promote_types(weights.dtype, inputs.dtype), torch.float32)
     system = torch.eye(weights.shape[-1], dtype=wide, device=weights.device) - weights
     return torch.linalg.solve_triangular(system, inputs.to(wide), upper=False, unitriangular=True)
 
