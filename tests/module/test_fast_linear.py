@@ -28,3 +28,16 @@ def test_gradients_are_kept():
     with FastLinear():
         layer(value).sum().backward()
     torch.testing.assert_close(layer.weight.grad[0], value.sum(0), atol=1e-4, rtol=1e-4)
+
+
+def test_strided_biases_vectors_and_autocast():
+    torch.manual_seed(0)
+    value, weight, bias = torch.randn(64, 300), torch.randn(200, 300), torch.randn(400)[::2]
+    linear = torch.nn.functional.linear
+    with torch.inference_mode():
+        expected = linear(value, weight, bias)
+        with FastLinear():
+            torch.testing.assert_close(linear(value, weight, bias), expected, atol=1e-4, rtol=1e-4)
+            assert linear(torch.randn(1200, 1200), torch.randn(1200)).shape == (1200,)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert linear(value, weight).dtype == torch.bfloat16

@@ -235,8 +235,7 @@ class CradleVAEModule(PerturbationModule):
         offsets = self._encoder_offsets(draw, pairs, u, artifact)
         q_basal = posterior_of_cells(self.encoder, x_projected, offsets, n_particles)
         z_basal = sample_normal(q_basal, sample=sample, generator=generator)
-        z_perturbation = draw.to_cells(draw.rows, pairs)  # (P, n, D)
-        z_artifact = u * artifact  # (P, n, D)
+        z_perturbation, z_artifact = draw.to_cells(draw.rows, pairs), u * artifact  # (P, n, D)
         latent = LatentDraw(
             q_basal, z_basal, draw, z_perturbation, u, kl_artifact, z_artifact, x_projected, reference, offsets
         )

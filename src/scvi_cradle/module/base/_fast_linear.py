@@ -35,6 +35,6 @@ class FastLinear(TorchFunctionMode):
 
 
 def _pays(value: Tensor, weight: Tensor) -> bool:
-    single = value.device.type == "cpu" and value.dtype == weight.dtype == torch.float32
-    single = single and weight.dim() == 2 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    return single and not torch.is_grad_enabled() and value.numel() * len(weight) >= MIN_PRODUCTS
+    single = value.device.type == "cpu" and value.dtype == weight.dtype == torch.float32 and weight.dim() == 2
+    allowed = torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+    return bool(single and allowed and value.numel() * len(weight) >= MIN_PRODUCTS)
