@@ -60,14 +60,14 @@ class EffectsMixin(GenerationMixin):
             ``"perturbseq"``: mean of ``log2(1 + 1e4 x / sum(x))``, treated minus control; ``"mean"``: difference of
             mean counts (or values). Default: ``"perturbseq"`` for counts, else ``"mean"``.
         library_size
-            ``"observed"``: drawn from training cells that passed QC, the same for all labels; a number fixes it.
+            ``"observed"``: drawn from training cells that passed QC, the same for all labels, and represented by at most
+            eight values; a number fixes it.
         share_basal
             Use the same basal states for treated and control cells, and where counts are sampled the same gamma factors of
             the negative binomial (common random numbers).
         expectation
             ``"exact"``: the observation noise is integrated out, with ``x / L`` of the drawn library size ``L`` in the
-            place of ``x / sum(x)``; the integral is read from a table with an error below 1e-3 log2 units, and library
-            sizes are represented by at most eight values. ``"sample"``: counts are sampled. The two differ where a few,
+            place of ``x / sum(x)``; the integral is read from a table with an error below 1e-3 log2 units. ``"sample"``: counts are sampled. The two differ where a few,
             overdispersed genes hold the library, so that totals vary: to second order by at most ``v / (2 log 2)`` log2
             units in the level of a gene that holds little, with ``v = sum_g rho_g^2 / theta_g + 1 / L`` the squared
             coefficient of variation of the total. ``"auto"`` samples where that is above 0.05 (a coefficient of 26%) for
