@@ -287,7 +287,7 @@ def test_reference_profiles_beside_the_cells_or_alone(draws):
         torch.manual_seed(0)
         with context():
             outputs = module.inference(**module._get_inference_input(tensors))
-            assert (outputs["latent"].reference_projected is None) == (not torch.is_grad_enabled())
+            assert (outputs["latent"].references is None) == (not torch.is_grad_enabled())
             decoded = module.generative(**module._get_generative_input(tensors, outputs))
             losses.append(float(module.loss(tensors, outputs, decoded).loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -24,12 +24,15 @@ class EligibleCells(NamedTuple):
         Their label codes without repeats, shape ``(n_labels,)``.
     label_of_cell
         Which of these each of them has, shape ``(n_eligible,)``.
+    projected
+        The reference profiles of the labels in the encoder's first layer, if they are known, shape ``(n_labels, n_hidden)``.
     """
 
     eligible: Tensor
     cells: Tensor
     labels: Tensor
     label_of_cell: Tensor
+    projected: Tensor | None = None
 
 
 def eligible_cells(module: Any, label: Tensor, artifact: Tensor) -> EligibleCells | None:
@@ -43,13 +46,16 @@ def eligible_cells(module: Any, label: Tensor, artifact: Tensor) -> EligibleCell
     return EligibleCells(eligible, cells, *torch.unique(label[cells], return_inverse=True))
 
 
-def project_with_references(module: Any, x: Tensor, label: Tensor, artifact: Tensor) -> tuple[Tensor, Tensor | None]:
+def project_with_references(
+    module: Any, x: Tensor, label: Tensor, artifact: Tensor
+) -> tuple[Tensor, EligibleCells | None]:
     """Project expression into the encoder's first layer; in training, reference profiles of the batch in the same product."""
     found = eligible_cells(module, label, artifact) if torch.is_grad_enabled() else None
     if found is None:
         return module.encoder.first.project("x", module.standardize(x)), None
     both = module.standardize(x, module.references(found.labels))
-    return module.encoder.first.project("x", both).split((len(x), len(found.labels)))
+    cells, projected = module.encoder.first.project("x", both).split((len(x), len(found.labels)))
+    return cells, found._replace(projected=projected)
 
 
 def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -69,11 +75,10 @@ def counterfactual_kl(module: Any, latent: Any, pairs: Pairs, inputs: dict[str, 
     The divergences, shape ``(n_particles, n_eligible)``, and the eligible cells, boolean, shape ``(n_cells,)``.
     """
     x_projected, label = latent.x_projected, inputs["label"]
-    found = eligible_cells(module, label, inputs["artifact"])
+    found = latent.references or eligible_cells(module, label, inputs["artifact"])
     if found is None:
         return x_projected.new_zeros(1, 0), torch.zeros_like(label, dtype=torch.bool)
-    eligible, cells, labels, inverse = found
-    reference = latent.reference_projected
+    eligible, cells, labels, inverse, reference = found
     if reference is None:
         reference = module.encoder.first.project("x", module.standardize(module.references(labels)))
     effects = latent.offsets[0]

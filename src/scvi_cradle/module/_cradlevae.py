@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle.module._counterfactual import counterfactual_kl, project_with_references
+from scvi_cradle.module._counterfactual import EligibleCells, counterfactual_kl, project_with_references
 from scvi_cradle.module.base import (
     AmortizedEmbedding,
     ArtifactLatent,
@@ -43,7 +43,7 @@ class LatentDraw(NamedTuple):
     kl_artifact: Tensor  # ()
     z_artifact: Tensor  # (P, n, D)
     x_projected: Tensor  # (n, H), the expression in the encoder's first layer
-    reference_projected: Tensor | None  # (n_labels, H), the same of reference profiles, in training
+    references: EligibleCells | None  # in training: the cells with a counterfactual term and their references
     offsets: tuple[Tensor, ...]  # what the encoder adds for effects (P, n, H) and for the artifact; empty: mean field
     prior_mean: float = 0.0  # of z_b
 
@@ -228,7 +228,7 @@ class CradleVAEModule(PerturbationModule):
             Source of randomness; default: torch's global one.
         """
         n_particles, pairs = n_samples or self.n_particles, self.pairs(label, dosage)
-        x_projected, reference = project_with_references(self, x, label, artifact)  # once for all passes
+        x_projected, references = project_with_references(self, x, label, artifact)  # once for all passes
         draw = self.draw_effects(pairs, n_particles, sample=sample, effects=effects, generator=generator)
         n_vectors = len(x) if self.per_cell else 1
         u, kl_artifact = vector or self.artifact.draw(n_particles, n_vectors, sample=sample, generator=generator)
@@ -237,7 +237,7 @@ class CradleVAEModule(PerturbationModule):
         z_basal = sample_normal(q_basal, sample=sample, generator=generator)
         z_perturbation, z_artifact = draw.to_cells(draw.rows, pairs), u * artifact  # (P, n, D)
         latent = LatentDraw(
-            q_basal, z_basal, draw, z_perturbation, u, kl_artifact, z_artifact, x_projected, reference, offsets
+            q_basal, z_basal, draw, z_perturbation, u, kl_artifact, z_artifact, x_projected, references, offsets
         )
         return {"latent": latent, "pairs": pairs}
 
