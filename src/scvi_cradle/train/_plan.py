@@ -95,7 +95,6 @@ class PerturbationTrainingPlan(TrainingPlan):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Take a step."""
         if self._is_told_at_once:
-            self.is_first_batch = batch_idx == 0
             return super().training_step(batch, batch_idx)
         if "kl_weight" in self.loss_kwargs:
             self.loss_kwargs["kl_weight"] = self.kl_weight
@@ -104,7 +103,6 @@ class PerturbationTrainingPlan(TrainingPlan):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the loss of a batch."""
         if self._is_told_at_once:
-            self.is_first_batch = batch_idx == 0
             super().validation_step(batch, batch_idx)
             return
         self._measure(batch, batch_idx, "validation", self.val_metrics)
