@@ -90,7 +90,9 @@ def time_sides(name: str, size: Size, rounds: int, show: Callable[[str], None]) 
         small = replace(size, batch=min(size.batch, 48))
         batch = Batch(small)
         ours = make_ours(small, batch)
-        check(ours, make_plain(small, batch, ours, as_published=published), batch, make_noise(small))
+        errors = check(ours, make_plain(small, batch, ours, as_published=published), batch, make_noise(small))
+        side = "published" if published else "plain"
+        show(f"| {name} | {LABELS[side]} and ours differ by (losses, gradients) | | | {errors} | |")
     sides = make_sides(size)
     times: dict[str, list[float]] = {key: [] for key in sides}
     for turn in range(rounds + 1):
