@@ -12,7 +12,6 @@ import numpy as np
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
-from scvi.model.base import BaseModelClass
 
 from scvi_cradle import presets
 from scvi_cradle._constants import KEYS
@@ -20,10 +19,12 @@ from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
 from scvi_cradle.baselines import MultivariateShrinkage
 from scvi_cradle.data import check_query, label_rule, label_table
+from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.model._screens import ScreenModel
 from scvi_cradle.module.base import LogNormalizedExpectation
 
 
-class LabelledModel(BaseModelClass):
+class LabelledModel(ScreenModel):
     """Labels, genes and query checks."""
 
     module: Any
@@ -217,12 +218,14 @@ class LabelledModel(BaseModelClass):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    def _validate_anndata(self, adata: AnnData | MuData | None = None, copy_if_view: bool = True) -> AnnData | MuData:
+    def _validate_anndata(
+        self, adata: AnnData | MuData | ScreenDataModule | None = None, copy_if_view: bool = True
+    ) -> AnnData | MuData:
         """Return data registered with the model; a view is copied, never turned into data in the user's hands."""
         if adata is None and self.adata is None:
-            msg = "The model holds no data (it was loaded without); pass `adata`."
+            msg = "The model holds no data (it was loaded, or built from a registry, without); pass `adata`."
             raise ValueError(msg)
-        data = self.adata if adata is None else adata
+        data = self._cells_of(adata) if isinstance(adata, ScreenDataModule) else self.adata if adata is None else adata
         if getattr(data, "is_view", False):
             data = data.copy()
         if not self._is_registered(data):

@@ -1,0 +1,217 @@
+"""Screens that stay on disk, registered as an AnnData is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from lightning.pytorch import LightningDataModule
+
+from scvi_cradle._constants import QC_UNS_KEY
+from scvi_cradle._validation import check_positive
+from scvi_cradle.data import SetupArguments, StoredManager, StoredMatrix, StoredSplitter, build_manager, split_indices
+from scvi_cradle.dataloaders._open import StoredFile, check_same_genes, concat_obs, concat_rows, open_file
+
+SETUP_METHOD = "setup_anndata"
+
+
+class ScreenDataModule(LightningDataModule):
+    """A screen on disk, for models that are built from its registry and trained without an AnnData in memory.
+
+    Labels, flags and covariates of the cells are read (some ten bytes per cell and column, and the names of the cells);
+    counts stay where they are. Training reads them in chunks of neighbouring rows and shuffles the cells of the chunks
+    that are in memory, as annbatch does. Everything else that takes an AnnData takes a
+    ``ScreenDataModule``: ``model.get_latent_representation(screen)``.
+
+    Parameters
+    ----------
+    paths
+        An ``.h5ad`` file or ``.zarr`` store, or several with the same genes, whose cells follow one another. The expression
+        must be CSR or dense, in the form that AnnData writes.
+    perturbation_key, perturbation_obsm_key, control, sep, layer
+        As in :meth:`scvi_cradle.CradleVAE.setup_anndata`; so are the other keys.
+    artifact_key, guide_counts_key, guide_targets, cell_type_key
+        Keys that some models need, and others do not take.
+    batch_key, categorical_covariate_keys, continuous_covariate_keys
+        Columns that enter the decoder.
+    split_key
+        Column of ``"train"``, ``"val"``, ``"test"`` or ``"unused"``. Default: a random split.
+    train_size, validation_size, shuffle_set_split
+        The random split, as in scvi-tools.
+    obs_keys
+        Further columns to read, e.g. that of ``control_partner_key``.
+    batch_size
+        Cells per batch.
+    chunk_size, n_chunks
+        Rows that are read at once, and number of chunks whose cells are shuffled; twice as many are held.
+
+    Raises
+    ------
+    FileNotFoundError, KeyError
+        If a file, column or layer is not there.
+    ValueError
+        For files of another kind or with other genes, for expression stored by columns, and for everything that
+        ``setup_anndata`` refuses. The values of all training cells are checked when a model is trained, before its first
+        step.
+
+    Examples
+    --------
+    >>> screen = cradle.dataloaders.ScreenDataModule(
+    ...     "screen.zarr", perturbation_key="perturbation", artifact_key="artifact"
+    ... )
+    >>> model = cradle.CradleVAE(registry=screen.registry)
+    >>> model.train(datamodule=screen)
+    >>> latent = model.get_latent_representation(screen)
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        perturbation_key: str | None = None,
+        perturbation_obsm_key: str | None = None,
+        control: str | Sequence[str | None] = "control",
+        sep: str | None = "+",
+        layer: str | None = None,
+        artifact_key: str | None = None,
+        guide_counts_key: str | None = None,
+        guide_targets: Any = None,
+        cell_type_key: str | None = None,
+        batch_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
+        split_key: str | None = None,
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        obs_keys: Sequence[str] = (),
+        batch_size: int = 128,
+        chunk_size: int = 512,
+        n_chunks: int = 32,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size), ("n_chunks", n_chunks)):
+            check_positive(name, value, integer=True)
+        self.batch_size, self.reading = batch_size, {"chunk_size": chunk_size, "n_chunks": n_chunks}
+        self._setup_args = {
+            "perturbation_key": perturbation_key,
+            "perturbation_obsm_key": perturbation_obsm_key,
+            "control": control,
+            "sep": sep,
+            "layer": layer,
+            "artifact_key": artifact_key,
+            "artifact_keys": None,
+            "guide_counts_key": guide_counts_key,
+            "guide_targets": guide_targets,
+            "cell_type_key": cell_type_key,
+            "batch_key": batch_key,
+            "categorical_covariate_keys": categorical_covariate_keys,
+            "continuous_covariate_keys": continuous_covariate_keys,
+        }
+        arguments = SetupArguments.from_call("ScreenDataModule", self._setup_args, count_only=False)
+        names = [*arguments.obs_keys.values(), *([split_key] if split_key else []), *obs_keys]
+        matrices = [key for key in (perturbation_obsm_key, guide_counts_key) if key is not None]
+        notes = [QC_UNS_KEY, *(f"{key}_names" for key in matrices)]
+        notes += [guide_targets] if isinstance(guide_targets, str) else []
+        listed = [paths] if isinstance(paths, str | Path) else list(paths)
+        if not listed:
+            msg = "`paths` must name at least one file; received none."
+            raise ValueError(msg)
+        files = [
+            open_file(path, layer=layer, obs_keys=dict.fromkeys(names), obsm_keys=matrices, uns_keys=notes)
+            for path in listed
+        ]
+        check_same_genes(files)
+        self.matrix = StoredMatrix([file.x for file in files])
+        self._cells = _frame(files, self.matrix.shape, layer)
+        self.manager = self._register(arguments, self._setup_method_args(None))
+        self.split_key, self._sizes = split_key, (train_size, validation_size, shuffle_set_split)
+        self._split: list[np.ndarray] | None = None
+
+    def _setup_method_args(self, model: str | None) -> dict[str, Any]:
+        return {"model_name": model, "setup_method_name": SETUP_METHOD, "setup_args": dict(self._setup_args)}
+
+    def _register(
+        self, arguments: SetupArguments, setup_method_args: dict[str, Any], registry: dict[str, Any] | None = None
+    ) -> StoredManager:
+        manager = build_manager(self._cells, arguments, setup_method_args, registry, matrix=self.matrix)
+        assert isinstance(manager, StoredManager)
+        return manager
+
+    def register_with(self, registry: dict[str, Any], **checks: Any) -> StoredManager:
+        """Return a manager of the cells by a model's registry: its labels, treatments and categories.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As for a query in memory.
+        """
+        arguments = SetupArguments.from_call(registry["model_name"], registry["setup_args"], **checks)
+        return self._register(arguments, {k: registry[k] for k in self._setup_method_args(None)}, registry)
+
+    @property
+    def registry(self) -> dict[str, Any]:
+        """What a model is built from: ``Model(registry=screen.registry)``."""
+        return dict(self.manager.registry)
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return self.matrix.shape[0]
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return self.matrix.shape[1]
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """The columns of the cells that were read."""
+        return self._cells.obs
+
+    @property
+    def split(self) -> list[np.ndarray]:
+        """Positions of training, validation and other cells; a random split is drawn once."""
+        if self._split is None:
+            train_size, validation_size, shuffle = self._sizes
+            self._split = split_indices(
+                self.manager,
+                self.split_key,
+                train_size=train_size,
+                validation_size=validation_size,
+                shuffle_set_split=shuffle,
+                batch_size=self.batch_size,
+            )
+        return self._split
+
+    def train_dataloader(self) -> Any:
+        """Return the batches of training cells, shuffled: dictionaries of tensors by registry key."""
+        return self._splitter().train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        """Return the batches of validation cells, or None."""
+        return self._splitter().val_dataloader()
+
+    def _splitter(self) -> StoredSplitter:
+        splitter = StoredSplitter(
+            self.manager, reading=self.reading, batch_size=self.batch_size, external_indexing=self.split
+        )
+        splitter.setup()
+        return splitter
+
+
+def _frame(files: list[StoredFile], shape: tuple[int, int], layer: str | None) -> AnnData:
+    """Return an AnnData with everything but the expression."""
+    empty = sp.csr_matrix(shape, dtype=np.float32)
+    cells = AnnData(X=empty, obs=concat_obs([file.obs for file in files]), var=pd.DataFrame(index=files[0].genes))
+    if layer is not None:
+        cells.layers[layer] = empty
+    for key in files[0].obsm:
+        cells.obsm[key] = concat_rows([file.obsm[key] for file in files], key)
+    cells.uns.update(files[0].uns)
+    return cells
