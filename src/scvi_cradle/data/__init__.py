@@ -1,5 +1,6 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
+from scvi_cradle.data._annbatch import can_read
 from scvi_cradle.data._blocks import BlockLoader, StoredSplitter
 from scvi_cradle.data._device import DeviceDataSplitter
 from scvi_cradle.data._fields import (
@@ -35,6 +36,7 @@ __all__ = [
     "TrainingStatistics",
     "WeightedSplitter",
     "build_manager",
+    "can_read",
     "check_arguments",
     "check_pairing",
     "check_query",

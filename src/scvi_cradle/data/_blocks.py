@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from scvi.data import AnnDataManager
 from scvi.dataloaders import DataSplitter
 from torch import Tensor, distributed
 
+from scvi_cradle.data._annbatch import read_groups
 from scvi_cradle.data._stored import StoredMatrix, columns_of, dense, stored_matrix
 
 CHUNK_SIZE, N_CHUNKS = 512, 32
@@ -46,6 +46,8 @@ class BlockLoader:
         Leave out a last batch that is not full.
     chunk_size, n_chunks
         Rows that are read at once, and how many such chunks are held (twice as many while the next are read).
+    engine
+        ``"anndata"``: what AnnData reads, by a thread; ``"annbatch"``: annbatch's reader of zarr stores.
     rank, n_ranks
         Which process of how many this is; each reads its part of the chunks, all have the same number of batches.
     """
@@ -60,6 +62,7 @@ class BlockLoader:
         drop_last: bool = False,
         chunk_size: int = CHUNK_SIZE,
         n_chunks: int = N_CHUNKS,
+        engine: str = "anndata",
         rank: int = 0,
         n_ranks: int = 1,
     ) -> None:
@@ -70,7 +73,7 @@ class BlockLoader:
         self.indices = np.sort(np.asarray(indices, dtype=np.int64))
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.chunk_size, self.n_chunks = chunk_size, n_chunks
-        self.rank, self.n_ranks = rank, n_ranks
+        self.engine, self.rank, self.n_ranks = engine, rank, n_ranks
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -109,14 +112,18 @@ class BlockLoader:
         first = np.flatnonzero(np.diff(of_chunk, prepend=-1))
         chunks = np.split(self.indices, first[1:])
         order = np.arange(len(chunks)) if rng is None else rng.permutation(len(chunks))
-        groups = deque(self._groups([chunks[i] for i in order]))
+        groups = self._groups([chunks[i] for i in order])
+        if self.engine == "annbatch":
+            blocks: Iterator[sp.csr_matrix] = read_groups(self.matrix, groups)
+        else:
+            blocks = (self.matrix[rows] for rows in groups)
         with ThreadPoolExecutor(1) as pool:
-            reading: Future[Block] | None = None
-            while groups or reading is not None:
-                following = pool.submit(self._read, groups.popleft()) if groups else None
-                if reading is not None:
-                    yield reading.result()
-                reading = following
+            reading = pool.submit(next, blocks)
+            for i, rows in enumerate(groups):
+                block = reading.result()
+                if i + 1 < len(groups):
+                    reading = pool.submit(next, blocks)
+                yield rows, block
 
     def _groups(self, chunks: list[np.ndarray]) -> list[np.ndarray]:
         """Return the sorted positions of the cells of this process that are held at once."""
@@ -128,9 +135,6 @@ class BlockLoader:
             chunks = np.array_split(cells, max(math.ceil(len(cells) / self.chunk_size), 1))
         return [np.sort(np.concatenate(chunks[i : i + self.n_chunks])) for i in range(0, len(chunks), self.n_chunks)]
 
-    def _read(self, rows: np.ndarray) -> Block:
-        return rows, self.matrix[rows]
-
 
 class StoredSplitter(DataSplitter):
     """scvi-tools' data splitter, with :class:`BlockLoader` for cells whose expression is on disk.
@@ -140,7 +144,7 @@ class StoredSplitter(DataSplitter):
     adata_manager
         Manager of the AnnData.
     reading
-        ``chunk_size`` and ``n_chunks`` of :class:`BlockLoader`.
+        ``chunk_size``, ``n_chunks`` and ``engine`` of :class:`BlockLoader`.
     distributed_sampler
         Whether each process of a distributed training loads a part of the cells.
     **kwargs
@@ -151,7 +155,7 @@ class StoredSplitter(DataSplitter):
         self,
         adata_manager: AnnDataManager,
         *,
-        reading: dict[str, int] | None = None,
+        reading: dict[str, Any] | None = None,
         distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,16 @@ from anndata import AnnData
 from lightning.pytorch import LightningDataModule
 
 from scvi_cradle._constants import QC_UNS_KEY
-from scvi_cradle._validation import check_positive
-from scvi_cradle.data import SetupArguments, StoredManager, StoredMatrix, StoredSplitter, build_manager, split_indices
+from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle.data import (
+    SetupArguments,
+    StoredManager,
+    StoredMatrix,
+    StoredSplitter,
+    build_manager,
+    can_read,
+    split_indices,
+)
 from scvi_cradle.dataloaders._open import StoredFile, check_same_genes, concat_obs, concat_rows, open_file
 
 SETUP_METHOD = "setup_anndata"
@@ -49,6 +57,9 @@ class ScreenDataModule(LightningDataModule):
         Cells per batch.
     chunk_size, n_chunks
         Rows that are read at once, and number of chunks whose cells are shuffled; twice as many are held.
+    engine
+        What reads batches of training: ``"anndata"``, or ``"annbatch"`` (zarr stores, Python 3.12 and later,
+        ``pip install "scvi-cradle[streaming]"``). ``"auto"``: annbatch where it is installed and reads the files.
 
     Raises
     ------
@@ -93,11 +104,13 @@ class ScreenDataModule(LightningDataModule):
         batch_size: int = 128,
         chunk_size: int = 512,
         n_chunks: int = 32,
+        engine: Literal["auto", "anndata", "annbatch"] = "auto",
     ) -> None:
         super().__init__()
+        check_one_of("engine", engine, ("auto", "anndata", "annbatch"))
         for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size), ("n_chunks", n_chunks)):
             check_positive(name, value, integer=True)
-        self.batch_size, self.reading = batch_size, {"chunk_size": chunk_size, "n_chunks": n_chunks}
+        self.batch_size = batch_size
         self._setup_args = {
             "perturbation_key": perturbation_key,
             "perturbation_obsm_key": perturbation_obsm_key,
@@ -128,6 +141,12 @@ class ScreenDataModule(LightningDataModule):
         ]
         check_same_genes(files)
         self.matrix = StoredMatrix([file.x for file in files])
+        if engine == "annbatch" and not can_read(self.matrix):
+            msg = "engine='annbatch' needs annbatch (Python 3.12 and later) and zarr stores; received other files or no annbatch: `pip install 'scvi-cradle[streaming]'`, write the screen with `adata.write_zarr`, or leave `engine` out."
+            raise ValueError(msg)
+        if engine == "auto":
+            engine = "annbatch" if can_read(self.matrix) else "anndata"
+        self.reading = {"chunk_size": chunk_size, "n_chunks": n_chunks, "engine": engine}
         self._cells = _frame(files, self.matrix.shape, layer)
         self.manager = self._register(arguments, self._setup_method_args(None))
         self.split_key, self._sizes = split_key, (train_size, validation_size, shuffle_set_split)
