@@ -104,7 +104,7 @@ def concat_obs(frames: list[pd.DataFrame]) -> pd.DataFrame:
     for key in frames[0]:
         parts = [frame[key] for frame in frames]
         if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
-            columns[key] = union_categoricals(parts, ignore_order=True)
+            columns[key] = union_categoricals(parts, ignore_order=True, sort_categories=True)
         else:
             columns[key] = pd.concat(parts).array
     return pd.DataFrame(columns, index=frames[0].index.append([frame.index for frame in frames[1:]]))

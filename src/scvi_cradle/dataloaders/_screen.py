@@ -51,6 +51,9 @@ class ScreenDataModule(LightningDataModule):
         Column of ``"train"``, ``"val"``, ``"test"`` or ``"unused"``. Default: a random split.
     train_size, validation_size, shuffle_set_split
         The random split, as in scvi-tools.
+    obs
+        Cells of all files in their order, in the place of the columns in the files; e.g. ``adata.obs`` of a lazily read
+        AnnData that :func:`scvi_cradle.pp.qc_label` has written its flags to.
     obs_keys
         Further columns to read, e.g. that of ``control_partner_key``.
     batch_size
@@ -100,6 +103,7 @@ class ScreenDataModule(LightningDataModule):
         train_size: float | None = None,
         validation_size: float | None = None,
         shuffle_set_split: bool = True,
+        obs: pd.DataFrame | None = None,
         obs_keys: Sequence[str] = (),
         batch_size: int = 128,
         chunk_size: int = 512,
@@ -127,27 +131,20 @@ class ScreenDataModule(LightningDataModule):
             "continuous_covariate_keys": continuous_covariate_keys,
         }
         arguments = SetupArguments.from_call("ScreenDataModule", self._setup_args, count_only=False)
-        names = [*arguments.obs_keys.values(), *([split_key] if split_key else []), *obs_keys]
+        names = list(dict.fromkeys([*arguments.obs_keys.values(), *([split_key] if split_key else []), *obs_keys]))
         matrices = [key for key in (perturbation_obsm_key, guide_counts_key) if key is not None]
         notes = [QC_UNS_KEY, *(f"{key}_names" for key in matrices)]
         notes += [guide_targets] if isinstance(guide_targets, str) else []
-        listed = [paths] if isinstance(paths, str | Path) else list(paths)
-        if not listed:
-            msg = "`paths` must name at least one file; received none."
-            raise ValueError(msg)
-        files = [
-            open_file(path, layer=layer, obs_keys=dict.fromkeys(names), obsm_keys=matrices, uns_keys=notes)
-            for path in listed
-        ]
+        read = names if obs is None else []
+        files = [open_file(p, layer=layer, obs_keys=read, obsm_keys=matrices, uns_keys=notes) for p in _listed(paths)]
         check_same_genes(files)
         self.matrix = StoredMatrix([file.x for file in files])
-        if engine == "annbatch" and not can_read(self.matrix):
-            msg = "engine='annbatch' needs annbatch (Python 3.12 and later) and zarr stores; received other files or no annbatch: `pip install 'scvi-cradle[streaming]'`, write the screen with `adata.write_zarr`, or leave `engine` out."
+        self.reading = {"chunk_size": chunk_size, "n_chunks": n_chunks, "engine": _engine(engine, self.matrix)}
+        obs = concat_obs([file.obs for file in files]) if obs is None else obs[[key for key in names if key in obs]]
+        if len(obs) != self.n_obs:
+            msg = f"`obs` must have a row for every cell of the files; received {len(obs)} rows for {self.n_obs} cells."
             raise ValueError(msg)
-        if engine == "auto":
-            engine = "annbatch" if can_read(self.matrix) else "anndata"
-        self.reading = {"chunk_size": chunk_size, "n_chunks": n_chunks, "engine": engine}
-        self._cells = _frame(files, self.matrix.shape, layer)
+        self._cells = _frame(files, obs, self.matrix.shape, layer)
         self.manager = self._register(arguments, self._setup_method_args(None))
         self.split_key, self._sizes = split_key, (train_size, validation_size, shuffle_set_split)
         self._split: list[np.ndarray] | None = None
@@ -224,10 +221,28 @@ class ScreenDataModule(LightningDataModule):
         return splitter
 
 
-def _frame(files: list[StoredFile], shape: tuple[int, int], layer: str | None) -> AnnData:
+def _listed(paths: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not listed:
+        msg = "`paths` must name at least one file; received none."
+        raise ValueError(msg)
+    return listed
+
+
+def _engine(engine: str, matrix: StoredMatrix) -> str:
+    """Return what is to read a matrix."""
+    if engine == "annbatch" and not can_read(matrix):
+        msg = "engine='annbatch' needs annbatch (Python 3.12 and later) and zarr stores; received other files or no annbatch: `pip install 'scvi-cradle[streaming]'`, write the screen with `adata.write_zarr`, or leave `engine` out."
+        raise ValueError(msg)
+    if engine == "auto":
+        return "annbatch" if can_read(matrix) else "anndata"
+    return engine
+
+
+def _frame(files: list[StoredFile], obs: pd.DataFrame, shape: tuple[int, int], layer: str | None) -> AnnData:
     """Return an AnnData with everything but the expression."""
     empty = sp.csr_matrix(shape, dtype=np.float32)
-    cells = AnnData(X=empty, obs=concat_obs([file.obs for file in files]), var=pd.DataFrame(index=files[0].genes))
+    cells = AnnData(X=empty, obs=obs.copy(), var=pd.DataFrame(index=files[0].genes))
     if layer is not None:
         cells.layers[layer] = empty
     for key in files[0].obsm:

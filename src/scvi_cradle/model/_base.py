@@ -18,7 +18,7 @@ from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
 from scvi_cradle.baselines import MultivariateShrinkage
-from scvi_cradle.data import check_query, label_rule, label_table
+from scvi_cradle.data import StoredManager, check_query, label_rule, label_table
 from scvi_cradle.dataloaders import ScreenDataModule
 from scvi_cradle.model._screens import ScreenModel
 from scvi_cradle.module.base import LogNormalizedExpectation
@@ -250,6 +250,28 @@ class LabelledModel(ScreenModel):
         return self._make_data_loader(data, indices=check_indices(indices, data), batch_size=batch_size)
 
     # ---- persistence ------------------------------------------------------------------------------------------------
+
+    def save(self, dir_path: str, *args: Any, save_anndata: bool = False, **kwargs: Any) -> None:
+        """Save the model into a folder, as in scvi-tools.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        *args, **kwargs
+            Further arguments of scvi-tools' ``save`` (``prefix``, ``overwrite``, ...).
+        save_anndata
+            Save the AnnData, too; not for a screen on disk.
+
+        Raises
+        ------
+        ValueError
+            For ``save_anndata=True`` with a screen on disk.
+        """
+        if save_anndata and isinstance(self.adata_manager, StoredManager):
+            msg = "A screen on disk is not saved with a model; received save_anndata=True: leave it out, and pass the screen to the methods of the loaded model."
+            raise ValueError(msg)
+        super().save(dir_path, *args, save_anndata=save_anndata, **kwargs)
 
     @classmethod
     def load(cls, dir_path: str, adata: AnnData | MuData | Literal[False] | None = None, **kwargs: Any) -> Self:

@@ -148,6 +148,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
         if max_steps is not None:
             trainer["max_steps"] = max_steps
+        if datamodule is not None:
+            trainer["simple_progress_bar"] = False  # epochs are long: a bar over their batches
         if n_validation and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
