@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -251,7 +252,7 @@ class LabelledModel(ScreenModel):
 
     # ---- persistence ------------------------------------------------------------------------------------------------
 
-    def save(self, dir_path: str, *args: Any, save_anndata: bool = False, **kwargs: Any) -> None:
+    def save(self, dir_path: str | Path, *args: Any, save_anndata: bool = False, **kwargs: Any) -> None:
         """Save the model into a folder, as in scvi-tools.
 
         Parameters
@@ -271,7 +272,7 @@ class LabelledModel(ScreenModel):
         if save_anndata and isinstance(self.adata_manager, StoredManager):
             msg = "A screen on disk is not saved with a model; received save_anndata=True: leave it out, and pass the screen to the methods of the loaded model."
             raise ValueError(msg)
-        super().save(dir_path, *args, save_anndata=save_anndata, **kwargs)
+        super().save(str(dir_path), *args, save_anndata=save_anndata, **kwargs)
 
     @classmethod
     def load(cls, dir_path: str, adata: AnnData | MuData | Literal[False] | None = None, **kwargs: Any) -> Self:
