@@ -162,6 +162,15 @@ class ScreenDataModule(LightningDataModule):
     def register_with(self, registry: dict[str, Any], **checks: Any) -> StoredManager:
         """Return a manager of the cells by a model's registry: its labels, treatments and categories.
 
+        Models call this; a user has no need to.
+
+        Parameters
+        ----------
+        registry
+            Registry of the model.
+        **checks
+            What the model asks of set-up.
+
         Raises
         ------
         KeyError, ValueError
