@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -11,7 +14,7 @@ from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
 from scvi_cradle._perturbedvae_settings import check_warmup
-from scvi_cradle._validation import check_one_of
+from scvi_cradle._validation import check_one_of, check_positive
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
 N_CELLS = "n_cells"
@@ -38,6 +41,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         Factor of the learning rate of ``module.effects`` (PerturbedVAE: ``module.causal``).
     n_epochs_kl_warmup, n_steps_kl_warmup
         KL warm-up; default none.
+    steps_per_call
+        Optimiser steps per call of the trainer; above 1 it is to be run by :class:`StepsRunner`.
     **kwargs
         Further arguments of :class:`scvi.train.TrainingPlan`.
     """
@@ -54,9 +59,11 @@ class PerturbationTrainingPlan(TrainingPlan):
         effect_lr_scale: float = 5.0,
         n_epochs_kl_warmup: int | None = None,
         n_steps_kl_warmup: int | None = None,
+        steps_per_call: int = 1,
         **kwargs: Any,
     ) -> None:
         check_one_of("lr_schedule", lr_schedule, ("cosine", "constant"))
+        check_positive("steps_per_call", steps_per_call, integer=True)
         self.is_first_batch = True
         self.sums: dict[str, dict[str, Any]] = {}  # of terms over the cells of an epoch, by mode
         self.lr_schedule, self.lr_warmup_steps, self.effect_lr_scale = lr_schedule, lr_warmup_steps, effect_lr_scale
@@ -69,6 +76,12 @@ class PerturbationTrainingPlan(TrainingPlan):
             n_steps_kl_warmup=n_steps_kl_warmup,
             **kwargs,
         )
+        self.steps_per_call = steps_per_call
+        self.clipping: tuple[float | None, str | None] = (None, None)  # of gradients, where the trainer does not clip
+        if steps_per_call > 1:
+            self.automatic_optimization = False
+            # the argument's name tells the trainer that the step fetches its batches
+            setattr(self, "training_step", self._take_steps)  # noqa: B010
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam (or the user's optimiser) and the schedule."""
@@ -93,7 +106,45 @@ class PerturbationTrainingPlan(TrainingPlan):
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Take a step."""
+        """Return the loss of a batch of training cells."""
+        return self._loss(batch, batch_idx)
+
+    def _take_steps(self, dataloader_iter: Iterator[Any]) -> Any:
+        """Take up to ``steps_per_call`` optimiser steps, each as the trainer would; return the last loss."""
+        trainer, precision = self.trainer, self.trainer.precision_plugin
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        is_mixed = isinstance(precision, MixedPrecision)
+        batch: Any = None
+        batch_idx, loss = 0, None
+
+        def backward() -> Any:
+            nonlocal loss
+            with precision.train_step_context():
+                loss = self._loss(batch, batch_idx)
+            if is_mixed:
+                torch.clear_autocast_cache()  # of weights, which are about to change
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        # the trainer has entered mixed precision, which is for forward passes alone
+        with torch.autocast(self.device.type, enabled=False) if is_mixed else nullcontext():
+            for fetched, batch_idx, _ in islice(dataloader_iter, self.steps_per_call):
+                batch = trainer.strategy.batch_to_device(precision.convert_input(fetched), dataloader_idx=0)
+                optimizer.step(closure=backward)
+                if schedule is not None:
+                    self.lr_scheduler_step(schedule, None)
+                if 0 <= trainer.max_steps <= self.global_step:
+                    break
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients, unless the trainer does."""
+        super().on_before_optimizer_step(optimizer)
+        if self.clipping[0] is not None:
+            self.clip_gradients(optimizer, *self.clipping)
+
+    def _loss(self, batch: Any, batch_idx: int) -> Any:
         if self._is_told_at_once:
             return super().training_step(batch, batch_idx)
         if "kl_weight" in self.loss_kwargs:
@@ -166,9 +217,10 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     def _log_means(self, mode: str) -> None:
         sums = self.sums.pop(mode, {})
-        if mode == "train" and sums and "kl_weight" in self.loss_kwargs:
-            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=False, on_epoch=True)
         n_cells = int(sums.pop(N_CELLS, 0))
+        if mode == "train" and sums and "kl_weight" in self.loss_kwargs:
+            weight = self.loss_kwargs["kl_weight"]
+            self.log("kl_weight", weight, on_step=False, on_epoch=True, batch_size=n_cells)
         for name, total in sums.items():
             self.log(
                 name,
@@ -250,7 +302,6 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         """Factor of the divergences at this step."""
         return self.ramp("kl_weight")
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Take a step, with the alignment's factor of this step."""
+    def _loss(self, batch: Any, batch_idx: int) -> Any:
         self.loss_kwargs["alignment_ramp"] = self.ramp("alignment_ramp")
-        return super().training_step(batch, batch_idx)
+        return super()._loss(batch, batch_idx)
