@@ -14,7 +14,7 @@ from torch import nn
 
 import scvi_cradle as cradle
 
-N_CELLS, N_GENES, N_TREATMENTS, EPOCHS = 3_000, 500, 20, 4
+N_CELLS, N_GENES, N_TREATMENTS, EPOCHS = 3_000, 500, 20, 2
 STEPS_PER_CALL = 8
 
 
@@ -40,7 +40,7 @@ def measure_trainer(*, quick: bool, show: Callable[[str], None]) -> dict[str, fl
         f"{STEPS_PER_CALL} steps per call": lambda: trainer_ms(adata, STEPS_PER_CALL)[0],
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range((5 if quick else 15) + 1):
+    for turn in range((5 if quick else 30) + 1):
         for name, run in sides.items():
             used = run()
             if turn:

@@ -107,29 +107,27 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the loss of a batch of training cells."""
-        return self._loss(batch, batch_idx)
+        return self._loss(batch)
 
     def _take_steps(self, dataloader_iter: Iterator[Any]) -> Any:
         """Take up to ``steps_per_call`` optimiser steps, each as the trainer would; return the last loss."""
         trainer, precision = self.trainer, self.trainer.precision_plugin
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        is_mixed = isinstance(precision, MixedPrecision)
         batch: Any = None
-        batch_idx, loss = 0, None
+        loss: Any = None
 
         def backward() -> Any:
             nonlocal loss
             with precision.train_step_context():
-                loss = self._loss(batch, batch_idx)
-            if is_mixed:
-                torch.clear_autocast_cache()  # of weights, which are about to change
+                loss = self._loss(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)
             return loss
 
         # the trainer has entered mixed precision, which is for forward passes alone
+        is_mixed = isinstance(precision, MixedPrecision)
         with torch.autocast(self.device.type, enabled=False) if is_mixed else nullcontext():
-            for fetched, batch_idx, _ in islice(dataloader_iter, self.steps_per_call):
+            for fetched, *_ in islice(dataloader_iter, self.steps_per_call):
                 batch = trainer.strategy.batch_to_device(precision.convert_input(fetched), dataloader_idx=0)
                 optimizer.step(closure=backward)
                 if schedule is not None:
@@ -144,9 +142,9 @@ class PerturbationTrainingPlan(TrainingPlan):
         if self.clipping[0] is not None:
             self.clip_gradients(optimizer, *self.clipping)
 
-    def _loss(self, batch: Any, batch_idx: int) -> Any:
+    def _loss(self, batch: Any) -> Any:
         if self._is_told_at_once:
-            return super().training_step(batch, batch_idx)
+            return super().training_step(batch, 0)  # which makes no use of the number
         if "kl_weight" in self.loss_kwargs:
             self.loss_kwargs["kl_weight"] = self.kl_weight
         return self._measure(batch, "train", self.train_metrics)
@@ -293,6 +291,6 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         """Factor of the divergences at this step."""
         return self.ramp("kl_weight")
 
-    def _loss(self, batch: Any, batch_idx: int) -> Any:
+    def _loss(self, batch: Any) -> Any:
         self.loss_kwargs["alignment_ramp"] = self.ramp("alignment_ramp")
-        return super()._loss(batch, batch_idx)
+        return super()._loss(batch)
