@@ -124,7 +124,7 @@ def test_gradients_are_clipped(fit, algorithm):
     assert not all(torch.equal(a, b) for a, b in zip(free.module.parameters(), one.module.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("cls", [CradleVAE, PerturbedVAE])
+@pytest.mark.parametrize("cls", [CradleVAE, PerturbedVAE, QuantileHurdleAE])
 def test_only_forward_passes_are_in_mixed_precision(fit, cls):
     one, several = (fit(cls, k, max_epochs=1, precision="bf16-mixed") for k in (1, 5))
     check_same(one, several)
