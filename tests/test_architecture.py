@@ -22,10 +22,11 @@ ALLOWED = {
     "datasets": {""},
     "baselines": {"", "metrics"},
     "data": {""},
+    "dataloaders": {"", "data"},
     "module/base": {""},
     "module": {"", "pp", "metrics", "datasets", "baselines", "data", "module/base"},
     "train": {"", "module/base"},
-    "model": {"", "pp", "metrics", "datasets", "baselines", "data", "module/base", "module", "train"},
+    "model": {"", "pp", "metrics", "datasets", "baselines", "data", "dataloaders", "module/base", "module", "train"},
     "pl": {"", "metrics"},
     "benchmark": {
         *("", "pp", "metrics", "datasets", "baselines", "data"),

@@ -15,7 +15,7 @@ PACKAGE = "scvi_cradle"
 CHECKOUT = Path(__file__).resolve().parents[1]
 SOURCE = CHECKOUT / "src" / PACKAGE
 PAGES = CHECKOUT / "docs" / "api"
-PUBLIC = ("pp", "metrics", "baselines", "datasets", "model", "module", "pl", "benchmark")
+PUBLIC = ("pp", "metrics", "baselines", "datasets", "dataloaders", "model", "module", "pl", "benchmark")
 SUBPACKAGES = [name for name in PUBLIC if (SOURCE / name / "__init__.py").is_file()]
 # signatures that follow a formula or the words of a paper
 MORE_POSITIONALS = {"block_r2", "gaussian_kl", "simulate_perturbseq", "simulate_sams", "simulate_scm", "simulate_svae"}

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scvi_cradle import baselines, benchmark, datasets, metrics, model, module, pl, pp, presets
+from scvi_cradle import baselines, benchmark, dataloaders, datasets, metrics, model, module, pl, pp, presets
 from scvi_cradle.model import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE, SVAEPlus
 
 try:
@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "baselines",
     "benchmark",
+    "dataloaders",
     "datasets",
     "metrics",
     "model",

@@ -12,7 +12,7 @@ import scvi
 import torch
 
 from scvi_cradle import CradleVAE, PerturbedVAE, pp
-from scvi_cradle.data import DeviceDataSplitter
+from scvi_cradle.data import BlockLoader, DeviceDataSplitter
 from scvi_cradle.data._device import SparseRows, fits
 
 pytestmark = [
@@ -196,8 +196,9 @@ def test_what_cannot_be_kept_is_loaded_batch_by_batch(tmp_path, obstacle, option
         assert not made._is_loaded()
     made.load_on_device = "auto"  # no word about what was not asked for
     if obstacle != "several processes":  # which needs them
-        assert type(made.train_dataloader()) is scvi.dataloaders.AnnDataLoader
-        assert type(made.val_dataloader()) is scvi.dataloaders.AnnDataLoader
+        usual = BlockLoader if obstacle == "backed" else scvi.dataloaders.AnnDataLoader
+        assert type(made.train_dataloader()) is usual
+        assert type(made.val_dataloader()) is usual
 
 
 def test_refusals():

@@ -13,7 +13,7 @@ from mudata import MuData
 from scvi_cradle import PerturbedVAE
 from scvi_cradle._constants import KEYS
 from scvi_cradle.data import PairedSplitter, check_pairing, find_partners
-from scvi_cradle.data._partners import LabelBatches
+from scvi_cradle.data._paired import LabelBatches
 
 N = 40
 

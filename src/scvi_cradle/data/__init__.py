@@ -1,5 +1,7 @@
 """From AnnData to tensors: fields, checks at set-up, splits, and what is learnt from training cells outside training."""
 
+from scvi_cradle.data._annbatch import can_read
+from scvi_cradle.data._blocks import BlockLoader, StoredSplitter
 from scvi_cradle.data._device import DeviceDataSplitter
 from scvi_cradle.data._fields import (
     ArtifactField,
@@ -10,26 +12,35 @@ from scvi_cradle.data._fields import (
     label_table,
 )
 from scvi_cradle.data._guides import guide_counts, non_targeting_counts
-from scvi_cradle.data._partners import PairedSplitter, check_pairing, find_partners
+from scvi_cradle.data._paired import PairedSplitter
+from scvi_cradle.data._partners import check_pairing, find_partners
 from scvi_cradle.data._quantiles import empirical_quantiles
 from scvi_cradle.data._queries import check_query, expression_of
-from scvi_cradle.data._setup import SetupArguments, build_manager
+from scvi_cradle.data._setup import SetupArguments, build_manager, check_arguments, check_values
 from scvi_cradle.data._splits import split_indices
 from scvi_cradle.data._statistics import TrainingStatistics, pool_of_cells, training_statistics
+from scvi_cradle.data._stored import StoredManager, StoredMatrix, stored_matrix
 from scvi_cradle.data._weighted import WeightedSplitter
 
 __all__ = [
     "ArtifactField",
+    "BlockLoader",
     "DeviceDataSplitter",
     "DosageField",
     "PairedSplitter",
     "PerturbationField",
     "SetupArguments",
+    "StoredManager",
+    "StoredMatrix",
+    "StoredSplitter",
     "TrainingStatistics",
     "WeightedSplitter",
     "build_manager",
+    "can_read",
+    "check_arguments",
     "check_pairing",
     "check_query",
+    "check_values",
     "empirical_quantiles",
     "expression_of",
     "find_partners",
@@ -40,5 +51,6 @@ __all__ = [
     "non_targeting_counts",
     "pool_of_cells",
     "split_indices",
+    "stored_matrix",
     "training_statistics",
 ]

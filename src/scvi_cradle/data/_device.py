@@ -11,11 +11,11 @@ import scipy.sparse as sp
 import torch
 from scvi import REGISTRY_KEYS, settings
 from scvi.data import AnnDataManager
-from scvi.dataloaders import DataSplitter
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from scvi_cradle._matrix import BLOCK_SIZE, to_csr
+from scvi_cradle.data._blocks import StoredSplitter
 from scvi_cradle.data._statistics import rows_of
 
 SHARE_OF_FREE = 0.5
@@ -86,12 +86,13 @@ class _Cells(Dataset):
         return {k: v.take(rows, index) if isinstance(v, SparseRows) else v[index] for k, v in self.fields.items()}
 
 
-class DeviceDataSplitter(DataSplitter):
+class DeviceDataSplitter(StoredSplitter):
     """Loaders of cells whose registered data are kept on the device of training, where they fit.
 
     Counts are kept as CSR tensors (8 bytes per non-zero value) and made dense there, batch by batch, so that nothing is
     sent to the device during training. The batches, their order and their seed are those of
-    :class:`scvi.dataloaders.DataSplitter`, which is what this class is wherever data are not kept on the device.
+    :class:`scvi.dataloaders.DataSplitter`, which is what this class is wherever data are not kept on the device; cells on disk
+    are read in blocks (:class:`StoredSplitter`).
 
     Parameters
     ----------
@@ -103,7 +104,7 @@ class DeviceDataSplitter(DataSplitter):
         never. Data that are backed or lazy, several processes, ``load_sparse_tensor`` and options of loaders other than
         batch size and workers always take the usual loaders, with a warning for True.
     **kwargs
-        Further arguments of :class:`scvi.dataloaders.DataSplitter`.
+        Further arguments of :class:`StoredSplitter`.
     """
 
     def __init__(

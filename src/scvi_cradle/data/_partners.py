@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS, settings
+from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.dataloaders import BatchDistributedSampler, DataSplitter
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from scvi_cradle._constants import KEYS, partner_key
+from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_key, preview
 from scvi_cradle.data._queries import expression_of
 from scvi_cradle.data._statistics import column
 
 WITHIN = "within:"
-PARTNER_KEYS = (
-    REGISTRY_KEYS.X_KEY,
-    REGISTRY_KEYS.BATCH_KEY,
-    REGISTRY_KEYS.CAT_COVS_KEY,
-    REGISTRY_KEYS.CONT_COVS_KEY,
-)
 PAIRINGS = ("random", "fixed", "shared")
 
 
@@ -53,6 +45,15 @@ class Partners:
             return self.of_cell[cells]
         uniform = torch.rand(len(cells), dtype=torch.float64).numpy()
         return _pick(self.pools, self.group[cells], uniform)
+
+    def sample(self, n_most: int) -> Partners:
+        """Return partners from pools of no more than so many cells in all, drawn by torch's generator."""
+        n_cells = sum(map(len, self.pools))
+        if n_cells <= n_most:
+            return self
+        sizes = [max(len(pool) * n_most // n_cells, 1) if len(pool) else 0 for pool in self.pools]
+        drawn = (torch.randperm(len(pool))[:size].numpy() for pool, size in zip(self.pools, sizes, strict=True))
+        return replace(self, pools=tuple(pool[rows] for pool, rows in zip(self.pools, drawn, strict=True)))
 
 
 def _pick(pools: tuple[np.ndarray, ...], group: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -181,129 +182,3 @@ def _named_partners(
             msg = f"`obs[{key!r}]` must name a control cell among the {where} cells for every {kind} cell; received {preview(names.iloc[part[wrong]])}: name training controls, and use a `split_key` that never parts partners."
             raise ValueError(msg)
     return of_cell
-
-
-class PairedCells(Dataset):
-    """Batches of cells with expression and covariates of their control partners, each row read when it is asked for.
-
-    Parameters
-    ----------
-    manager
-        Manager of the AnnData.
-    indices
-        Positions of the cells.
-    partners
-        Their partners.
-    redraw
-        Whether partners that change are drawn anew for every batch.
-    """
-
-    def __init__(self, manager: AnnDataManager, indices: np.ndarray, partners: Partners, *, redraw: bool) -> None:
-        self.cells = manager.create_torch_dataset()
-        keys = [key for key in PARTNER_KEYS if key in manager.data_registry]
-        self.controls = manager.create_torch_dataset(data_and_attributes=keys)
-        self.indices, self.partners, self.redraw = np.asarray(indices), partners, redraw
-        self.sorts = bool(getattr(manager.adata, "isbacked", False))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the tensors of a batch."""
-        rows = self.indices[positions]
-        if self.sorts:  # backed data are read in their order
-            rows = np.sort(rows)
-        chosen = self.partners.draw(rows) if self.redraw else self.partners.of_cell[rows]
-        distinct, inverse = np.unique(chosen, return_inverse=True)
-        of_partner = {partner_key(key): values[inverse] for key, values in self.controls[distinct].items()}
-        return self.cells[rows] | of_partner
-
-
-class LabelBatches(Sampler[list[int]]):
-    """Batches of cells of one label, in random order if asked for."""
-
-    def __init__(self, codes: np.ndarray, batch_size: int, *, shuffle: bool) -> None:
-        self.groups = [torch.as_tensor(np.flatnonzero(codes == code)) for code in np.unique(codes)]
-        self.batch_size, self.shuffle = batch_size, shuffle
-
-    def __len__(self) -> int:
-        return sum(-(-len(group) // self.batch_size) for group in self.groups)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batches: list[list[int]] = []
-        for group in self.groups:
-            order = group[torch.randperm(len(group))] if self.shuffle else group
-            batches += [part.tolist() for part in order.split(self.batch_size)]
-        for i in torch.randperm(len(batches)).tolist() if self.shuffle else range(len(batches)):
-            yield batches[i]
-
-
-class PairedSplitter(DataSplitter):
-    """Loaders of training and validation cells with their control partners.
-
-    Parameters
-    ----------
-    adata_manager
-        Manager of the AnnData.
-    partners
-        Partners of the cells; None: plain loaders.
-    members
-        Which cells are members of batches, shape ``(n_cells,)``; the others are only partners. Default: all.
-    by_label
-        Whether a batch holds cells of one label only.
-    distributed_sampler
-        Whether each process of a distributed training loads a part of the cells.
-    **kwargs
-        Further arguments of :class:`scvi.dataloaders.DataSplitter`.
-    """
-
-    def __init__(
-        self,
-        adata_manager: AnnDataManager,
-        *,
-        partners: Partners | None = None,
-        members: np.ndarray | None = None,
-        by_label: bool = False,
-        distributed_sampler: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(adata_manager, distributed_sampler=distributed_sampler, **kwargs)
-        self.partners, self.by_label, self.distributed_sampler = partners, by_label, distributed_sampler
-        self.members = np.ones(adata_manager.adata.n_obs, dtype=bool) if members is None else members
-        if self.external_indexing is not None:  # numbers of cells that losses add up over
-            self.n_train, self.n_val = (int(self.members[part].sum()) for part in self.external_indexing[:2])
-        if by_label and distributed_sampler:
-            msg = "Batches of one label cannot be loaded by several processes; received alignment='mmd' with a distributed strategy: train on one device."
-            raise NotImplementedError(msg)
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the loader of training cells, shuffled."""
-        return super().train_dataloader() if self.partners is None else self._loader(self.train_idx, training=True)
-
-    def val_dataloader(self) -> DataLoader | None:
-        """Return the loader of validation cells, if there are any."""
-        if self.partners is None or not len(self.val_idx):
-            return super().val_dataloader()
-        return self._loader(self.val_idx, training=False)
-
-    def _loader(self, indices: np.ndarray, *, training: bool) -> DataLoader:
-        assert self.partners is not None
-        indices = indices[self.members[indices]]
-        data = PairedCells(self.adata_manager, indices, self.partners, redraw=training)
-        options = dict(self.data_loader_kwargs)
-        batch_size, drop_last = options.pop("batch_size"), self.drop_last and training
-        options.pop("distributed_sampler", None)
-        options = {
-            "num_workers": settings.dl_num_workers,
-            "persistent_workers": settings.dl_persistent_workers,
-        } | options
-        sampler: Any
-        if self.by_label:
-            codes = column(self.adata_manager, KEYS.PERTURBATION)[indices]
-            sampler = LabelBatches(codes, batch_size, shuffle=training)
-        elif self.distributed_sampler:
-            sampler = BatchDistributedSampler(data, batch_size=batch_size, drop_last=drop_last, shuffle=training)
-        else:
-            order = RandomSampler(data) if training else SequentialSampler(data)
-            sampler = BatchSampler(order, batch_size, drop_last)
-        return DataLoader(data, sampler=sampler, batch_size=None, pin_memory=self.pin_memory, **options)

@@ -36,8 +36,10 @@ from scvi_cradle.data._fields import (
 )
 from scvi_cradle.data._guides import check_targets, guide_note
 from scvi_cradle.data._queries import check_dosage, check_query, expression_of
+from scvi_cradle.data._stored import StoredManager, StoredMatrix
 
 NOTES = (KEYS.GUIDES, KEYS.CELL_TYPE)
+N_CHECKED = 1_024  # rows on disk that are read at registration
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,12 @@ def build_manager(
     arguments: SetupArguments,
     setup_method_args: dict[str, Any],
     source_registry: dict[str, Any] | None = None,
+    matrix: StoredMatrix | None = None,
     **kwargs: Any,
 ) -> AnnDataManager:
     """Check ``data`` against ``arguments``, register the fields and return the manager.
+
+    ``matrix`` stands for the expression of cells whose counts are on disk; its first rows are checked.
 
     Raises
     ------
@@ -112,16 +117,20 @@ def build_manager(
     """
     is_counts, notes = True, {}
     if source_registry is None:
-        _check_arguments(arguments)
+        check_arguments(arguments)
         cells = _cells(data, arguments)
-        is_counts = check_setup(cells, arguments)
+        is_counts = check_setup(cells, arguments, None if matrix is None else matrix[:N_CHECKED])
         notes = _notes(data, cells, arguments)
     else:
         check_query(data, source_registry)
         registries = source_registry["field_registries"]
         notes = {key: registries[key]["state_registry"] for key in NOTES if key in registries}
     fields_ = _fields(data, arguments, is_counts=is_counts) + [NoteField(key, note) for key, note in notes.items()]
-    manager = AnnDataManager(fields=fields_, setup_method_args=setup_method_args)
+    if matrix is None:
+        manager = AnnDataManager(fields=fields_, setup_method_args=setup_method_args)
+    else:
+        manager = StoredManager(fields=fields_, setup_method_args=setup_method_args)
+        manager.matrix = matrix
     manager.register_fields(data, source_registry=source_registry, **kwargs)
     return manager
 
@@ -188,7 +197,8 @@ def _notes(data: AnnData | MuData, cells: AnnData, a: SetupArguments) -> dict[st
     return notes
 
 
-def _check_arguments(a: SetupArguments) -> None:
+def check_arguments(a: SetupArguments) -> None:
+    """Raise an error for arguments that the model cannot use, lacks, or cannot have together."""
     for argument, value in a.unused.items():
         if value is not None:
             msg = f"{a.model} does not use `{argument}`; received {value!r}: leave it out."
@@ -206,8 +216,11 @@ def _check_arguments(a: SetupArguments) -> None:
         raise ValueError(msg)
 
 
-def check_setup(adata: AnnData, a: SetupArguments) -> bool:
-    """Check everything that a model needs to train on ``adata``; nothing is written. Return whether it holds counts."""
+def check_setup(adata: AnnData, a: SetupArguments, matrix: Any = None) -> bool:
+    """Check everything that a model needs to train on ``adata``; nothing is written. Return whether it holds counts.
+
+    ``matrix``: expression to check in the place of that of ``adata``.
+    """
     if adata.is_view:
         msg = "The AnnData must not be a view, since set-up adds columns to it; received a view: call `adata = adata.copy()` first."
         raise ValueError(msg)
@@ -220,11 +233,9 @@ def check_setup(adata: AnnData, a: SetupArguments) -> bool:
     _check_covariates(adata, a)
     labels = _check_labels(adata, a)
     flags = _check_flags(adata, a)
-    matrix = get_matrix(adata, a.layer)
+    matrix = get_matrix(adata, a.layer) if matrix is None else matrix
     where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
-    (check_counts if a.count_only else check_finite)(matrix, where)
-    if a.non_negative:
-        check_non_negative(matrix, where)
+    check_values(matrix, where, counts=a.count_only, non_negative=a.non_negative)
     is_counts = a.count_only or counts_problem(matrix) is None
     empty = int((row_sums(matrix) == 0).sum()) if is_counts else 0
     if empty:
@@ -235,6 +246,13 @@ def check_setup(adata: AnnData, a: SetupArguments) -> bool:
     if flags is not None:
         _warn_confounded(labels, flags, a.rule.control_name)
     return is_counts
+
+
+def check_values(matrix: Any, where: str, *, counts: bool, non_negative: bool) -> None:
+    """Raise ``ValueError`` unless values are finite (and counts, or not negative, where a model needs that)."""
+    (check_counts if counts else check_finite)(matrix, where)
+    if non_negative:
+        check_non_negative(matrix, where)
 
 
 def _check_covariates(adata: AnnData, a: SetupArguments) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from scvi import REGISTRY_KEYS
+from scvi import REGISTRY_KEYS, settings
 from scvi.data import AnnDataManager
+from tqdm.auto import tqdm
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._matrix import BLOCK_SIZE, to_csr
+from scvi_cradle.data._spill import RowSpill
+from scvi_cradle.data._stored import stored_matrix
 
 MAX_LIBRARIES = 10_000
 MAX_REFERENCE_CELLS = 1_000
@@ -68,6 +72,7 @@ def training_statistics(
     statistic: str = "median",
     sources: np.ndarray | None = None,
     keep_pools: bool = True,
+    check: Callable[[sp.csr_matrix, str], None] | None = None,
     seed: int = 0,
 ) -> TrainingStatistics:
     """Compute the statistics of the training cells in one pass over blocks of rows.
@@ -90,18 +95,33 @@ def training_statistics(
         Which labels the sample of libraries is drawn from, shape ``(n_labels,)``; default: all.
     keep_pools
         Whether to return the failed cells that profiles are made from.
+    check
+        What values on disk have to pass: their cells are seen here for the first time.
     seed
         Seed of the samples of libraries and of pools above 1,000 cells.
     """
     rng = np.random.default_rng(seed)
-    matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    stored = stored_matrix(manager)
+    matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY) if stored is None else stored
     matrix = to_csr(matrix) if sp.issparse(matrix) else matrix
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
-    mean, variance, share, totals = _moments(matrix, train_indices, log=log)
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
-    labels, profiles, pools = _references(matrix, train_indices, codes, failed, statistic, rng, keep_pools=keep_pools)
+    labels = np.unique(codes[failed])
+    members_of = [train_indices[rows] for rows in _reference_cells(labels, codes, failed, rng)]
+    with RowSpill(np.sort(np.concatenate([*members_of, []])).astype(np.int64), matrix.shape[1]) as spill:
+        visit = None
+        if stored is not None:
+
+            def visit(rows: np.ndarray, block: sp.csr_matrix) -> None:
+                if check is not None:
+                    check(block, "The screen on disk")
+                spill.keep(rows, block)
+
+        mean, variance, share, totals = _moments(matrix, train_indices, log=log, visit=visit)
+        failed_cells = (rows_of(matrix, rows) if stored is None else spill[rows] for rows in members_of)
+        profiles, pools = _references(failed_cells, matrix.shape[1], statistic, keep_pools=keep_pools)
     return TrainingStatistics(
         input_mean=mean,
         input_std=np.where(variance > MIN_VARIANCE, np.sqrt(variance), 1.0),
@@ -140,14 +160,27 @@ def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
 
 
 def _moments(
-    matrix: Any, indices: np.ndarray, block_size: int = BLOCK_SIZE, *, log: bool = True
+    matrix: Any,
+    indices: np.ndarray,
+    block_size: int = BLOCK_SIZE,
+    *,
+    log: bool = True,
+    visit: Callable[[np.ndarray, sp.csr_matrix], None] | None = None,
 ) -> tuple[np.ndarray, ...]:
-    n_genes = matrix.shape[1]
-    first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), []
-    for start in range(0, len(indices), block_size):
-        block = rows_of(matrix, indices[start : start + block_size])
+    """Return mean, variance and share of every gene and the totals of the cells, from blocks in the order of the matrix.
+
+    ``visit`` is shown the positions and values of every block of a matrix on disk.
+    """
+    n_genes, order = matrix.shape[1], np.argsort(indices, kind="stable")
+    first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), np.zeros(len(indices))
+    starts = range(0, len(indices), block_size)
+    for start in tqdm(starts, desc="statistics of training cells", disable=visit is None or settings.verbosity > 20):
+        chosen = order[start : start + block_size]
+        block = rows_of(matrix, indices[chosen])
+        if visit is not None:
+            visit(indices[chosen], block)
         block.data = block.data.astype(np.float64)
-        totals.append(np.asarray(block.sum(axis=1)).ravel())
+        totals[chosen] = np.asarray(block.sum(axis=1)).ravel()
         counts += np.asarray(block.sum(axis=0)).ravel()
         if log:
             block.data = np.log1p(block.data)
@@ -161,7 +194,7 @@ def _moments(
         mean,
         np.where(variance > MIN_VARIANCE, variance, 0.0),
         counts / max(counts.sum(), 1.0),
-        np.concatenate(totals),
+        totals,
     )
 
 
@@ -207,28 +240,30 @@ def pool_of_cells(
     return pool
 
 
-def _references(
-    matrix: Any,
-    indices: np.ndarray,
-    codes: np.ndarray,
-    failed: np.ndarray,
-    statistic: str,
-    rng: np.random.Generator,
-    *,
-    keep_pools: bool,
-) -> tuple[np.ndarray, sp.csr_matrix, tuple[sp.csr_matrix, ...]]:
-    labels, profiles, pools = np.unique(codes[failed]), [], []
+def _reference_cells(
+    labels: np.ndarray, codes: np.ndarray, failed: np.ndarray, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the failed cells that make the profile of every label."""
+    chosen = []
     for label in labels:
         rows = np.flatnonzero(failed & (codes == label))
         if len(rows) > MAX_REFERENCE_CELLS:
             rows = np.sort(rng.choice(rows, MAX_REFERENCE_CELLS, replace=False))
-        pool = rows_of(matrix, indices[rows])
+        chosen.append(rows)
+    return chosen
+
+
+def _references(
+    pools: Iterable[sp.csr_matrix], n_genes: int, statistic: str, *, keep_pools: bool
+) -> tuple[sp.csr_matrix, tuple[sp.csr_matrix, ...]]:
+    profiles, kept = [], []
+    for pool in pools:
         profile = medians(pool) if statistic == "median" else _means(pool)
         profiles.append(sp.csr_matrix(profile.astype(np.float32)))
         if keep_pools:
-            pools.append(pool)
-    stacked = sp.vstack(profiles, format="csr") if profiles else sp.csr_matrix((0, matrix.shape[1]), dtype=np.float32)
-    return labels, stacked, tuple(pools)
+            kept.append(pool)
+    stacked = sp.vstack(profiles, format="csr") if profiles else sp.csr_matrix((0, n_genes), dtype=np.float32)
+    return stacked, tuple(kept)
 
 
 def _means(block: sp.csr_matrix) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from scvi import settings
 from scvi.data import AnnDataManager
-from scvi.dataloaders import DataSplitter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, WeightedRandomSampler
+
+from scvi_cradle.data._blocks import StoredSplitter
 
 
 class _Cells(Dataset):
@@ -26,7 +27,7 @@ class _Cells(Dataset):
         return {key: values[inverse] for key, values in self.data[rows].items()}
 
 
-class WeightedSplitter(DataSplitter):
+class WeightedSplitter(StoredSplitter):
     """Loaders of training and validation cells, the training cells drawn with replacement by their weights.
 
     Parameters
@@ -36,7 +37,7 @@ class WeightedSplitter(DataSplitter):
     cell_weights
         Sampling weight of every cell, shape ``(n_cells,)``; None: every training cell once per epoch.
     **kwargs
-        Further arguments of :class:`scvi.dataloaders.DataSplitter`.
+        Further arguments of :class:`StoredSplitter`.
     """
 
     def __init__(self, adata_manager: AnnDataManager, *, cell_weights: np.ndarray | None = None, **kwargs: Any) -> None:

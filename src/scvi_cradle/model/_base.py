@@ -6,24 +6,26 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
-from scvi.model.base import BaseModelClass
 
 from scvi_cradle import presets
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, label_members
 from scvi_cradle._validation import near_matches, preview
 from scvi_cradle.baselines import MultivariateShrinkage
-from scvi_cradle.data import check_query, label_rule, label_table
+from scvi_cradle.data import StoredManager, check_query, label_rule, label_table
+from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.model._screens import ScreenModel
 from scvi_cradle.module.base import LogNormalizedExpectation
 
 
-class LabelledModel(BaseModelClass):
+class LabelledModel(ScreenModel):
     """Labels, genes and query checks."""
 
     module: Any
@@ -217,12 +219,14 @@ class LabelledModel(BaseModelClass):
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
-    def _validate_anndata(self, adata: AnnData | MuData | None = None, copy_if_view: bool = True) -> AnnData | MuData:
+    def _validate_anndata(
+        self, adata: AnnData | MuData | ScreenDataModule | None = None, copy_if_view: bool = True
+    ) -> AnnData | MuData:
         """Return data registered with the model; a view is copied, never turned into data in the user's hands."""
         if adata is None and self.adata is None:
-            msg = "The model holds no data (it was loaded without); pass `adata`."
+            msg = "The model holds no data (it was loaded, or built from a registry, without); pass `adata`."
             raise ValueError(msg)
-        data = self.adata if adata is None else adata
+        data = self._cells_of(adata) if isinstance(adata, ScreenDataModule) else self.adata if adata is None else adata
         if getattr(data, "is_view", False):
             data = data.copy()
         if not self._is_registered(data):
@@ -247,6 +251,28 @@ class LabelledModel(BaseModelClass):
         return self._make_data_loader(data, indices=check_indices(indices, data), batch_size=batch_size)
 
     # ---- persistence ------------------------------------------------------------------------------------------------
+
+    def save(self, dir_path: str | Path, *args: Any, save_anndata: bool = False, **kwargs: Any) -> None:
+        """Save the model into a folder, as in scvi-tools.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        *args, **kwargs
+            Further arguments of scvi-tools' ``save`` (``prefix``, ``overwrite``, ...).
+        save_anndata
+            Save the AnnData, too; not for a screen on disk.
+
+        Raises
+        ------
+        ValueError
+            For ``save_anndata=True`` with a screen on disk.
+        """
+        if save_anndata and isinstance(self.adata_manager, StoredManager):
+            msg = "A screen on disk is not saved with a model; received save_anndata=True: leave it out, and pass the screen to the methods of the loaded model."
+            raise ValueError(msg)
+        super().save(str(dir_path), *args, save_anndata=save_anndata, **kwargs)
 
     @classmethod
     def load(cls, dir_path: str, adata: AnnData | MuData | Literal[False] | None = None, **kwargs: Any) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from anndata import AnnData
 from mudata import MuData
 
 from scvi_cradle import presets
-from scvi_cradle._constants import QC_UNS_KEY
 from scvi_cradle.model._effects import EffectsMixin
 from scvi_cradle.model._pass_rate import PassRateMixin
 from scvi_cradle.model._setup import SetupMixin
@@ -147,7 +145,7 @@ class CradleVAE(SetupMixin, PassRateMixin, TrainingMixin, EffectsMixin):
             mask_init_logit=self._architecture["mask_init_logits"],
             **{k: v for k, v in self._architecture.items() if k not in MODEL_ONLY},
         )
-        self.qc_record_ = stored_qc_record(self.adata, self._artifact_key)
+        self._keep_qc_record()
         if preset == "published":
             warnings.warn(
                 "preset='published' reproduces behaviour of the published code that differs from the paper: the counterfactual "
@@ -180,12 +178,3 @@ class CradleVAE(SetupMixin, PassRateMixin, TrainingMixin, EffectsMixin):
         n_failed = np.array([stored["n_failed"].get(label, 0) for label in labels])
         obs = pd.DataFrame({"n_failed": n_failed, "has_reference": n_failed > 0}, index=pd.Index(labels, dtype=str))
         return AnnData(X=x, obs=obs, var=pd.DataFrame(index=self._genes))
-
-
-def stored_qc_record(data: AnnData | MuData | None, artifact_key: str | None) -> dict[str, Any] | None:
-    """Return a copy of the thresholds that :func:`scvi_cradle.pp.qc_label` stored for this flag, if any."""
-    if data is None or artifact_key is None:
-        return None
-    sources = [data, *(data.mod.values() if isinstance(data, MuData) else ())]
-    records = [s.uns[QC_UNS_KEY] for s in sources if QC_UNS_KEY in s.uns]
-    return copy.deepcopy(dict(records[0])) if records and records[0].get("key_added") == artifact_key else None

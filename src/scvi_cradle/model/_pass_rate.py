@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from mudata import MuData
 
 from scvi_cradle import metrics
-from scvi_cradle._constants import COLUMNS
+from scvi_cradle._constants import COLUMNS, QC_UNS_KEY
 from scvi_cradle.model._quality import QualityMixin
 
 
 class PassRateMixin(QualityMixin):
     """QC pass rates."""
+
+    def _keep_qc_record(self) -> None:
+        self.qc_record_ = stored_qc_record(self.adata, self._artifact_key)
+
+    def _attach(self, screen: Any) -> None:
+        super()._attach(screen)
+        self._keep_qc_record()
 
     def qc_pass_rate(
         self,
@@ -71,3 +81,12 @@ class PassRateMixin(QualityMixin):
             table = metrics.qc_pass_rate(real, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
         table.attrs["diagnostics"] = self.diagnostics_
         return table
+
+
+def stored_qc_record(data: AnnData | MuData | None, artifact_key: str | None) -> dict[str, Any] | None:
+    """Return a copy of the thresholds that :func:`scvi_cradle.pp.qc_label` stored for this flag, if any."""
+    if data is None or artifact_key is None:
+        return None
+    sources = [data, *(data.mod.values() if isinstance(data, MuData) else ())]
+    records = [s.uns[QC_UNS_KEY] for s in sources if QC_UNS_KEY in s.uns]
+    return copy.deepcopy(dict(records[0])) if records and records[0].get("key_added") == artifact_key else None

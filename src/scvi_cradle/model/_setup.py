@@ -7,24 +7,14 @@ from typing import Any
 
 from anndata import AnnData
 from mudata import MuData
-from scvi.model.base import BaseModelClass
 
 from scvi_cradle.data import SetupArguments, build_manager
 from scvi_cradle.model._base import warn
+from scvi_cradle.model._screens import ScreenModel
 
-WITHOUT_ARTIFACT = ("artifact_key", "artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 
-
-class SetupMixin(BaseModelClass):
-    """``setup_anndata`` and ``setup_mudata``.
-
-    A model states which arguments it cannot use, whether it needs QC flags, and whether it takes counts only.
-    """
-
-    _unused_keys: tuple[str, ...] = WITHOUT_ARTIFACT
-    _needs_artifact = False
-    _count_only = True
-    _non_negative = False
+class SetupMixin(ScreenModel):
+    """``setup_anndata`` and ``setup_mudata``."""
 
     @classmethod
     def setup_anndata(
@@ -146,12 +136,9 @@ class SetupMixin(BaseModelClass):
         arguments = SetupArguments.from_call(
             cls.__name__,
             setup_method_args["setup_args"],
-            unused=cls._unused_keys,
             modality=modality,
             guide_modality=guide_modality,
-            needs_artifact=cls._needs_artifact,
-            count_only=cls._count_only,
-            non_negative=cls._non_negative,
+            **cls._setup_checks(),
         )
         cls.register_manager(build_manager(data, arguments, setup_method_args, **kwargs))
 

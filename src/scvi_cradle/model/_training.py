@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from scvi import settings
+from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import UnsupervisedTrainingMixin
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_one_of, check_positive
-from scvi_cradle.data import DeviceDataSplitter, TrainingStatistics, split_indices, training_statistics
+from scvi_cradle.data import (
+    DeviceDataSplitter,
+    TrainingStatistics,
+    check_values,
+    holds_counts,
+    split_indices,
+    training_statistics,
+)
+from scvi_cradle.dataloaders import ScreenDataModule
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan, StepsRunner
@@ -46,6 +55,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
         load_on_device: bool | Literal["auto"] = "auto",
+        datamodule: ScreenDataModule | None = None,
         steps_per_call: int = 1,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
@@ -85,6 +95,9 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             there batch by batch; the batches are the same. ``"auto"``: on a CUDA device, if they take at most half of its
             free memory. Backed data, several processes and special ``datasplitter_kwargs`` always take the usual loaders, as
             do PerturbedVAE and QuantileHurdleAE, for which True is an error.
+        datamodule
+            A screen on disk, for a model that was built from its registry. It brings the split and the batch size, and its
+            cells are the model's own from then on.
         steps_per_call
             Optimiser steps per call of the trainer; the steps and the model are the same. More than the default, 1, saves
             some of the trainer's own time and pays where a step takes a few milliseconds: small screens, GPUs. Callbacks
@@ -111,6 +124,13 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
                 check_positive(name, value, integer=True)
         check_positive("steps_per_call", steps_per_call, integer=True)
         self._check_objective(objective)
+        reading: dict[str, Any] = {}
+        if datamodule is not None:
+            check_no_split(split_key, train_size, validation_size, datasplitter_kwargs)
+            self._attach(datamodule)
+            batch_size = batch_size or datamodule.batch_size
+            datasplitter_kwargs = {"external_indexing": datamodule.split}
+            reading = {"reading": datamodule.reading}
         self._validate_anndata(None)
         settings_ = dict(self._training_settings)
         batch_size = batch_size or settings_["batch_size"]
@@ -124,7 +144,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             batch_size=batch_size,
         )
         self._check_training_controls(split[0])
-        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device)
+        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
         n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
         steps_per_epoch = math.ceil(n_cells / batch_size)
@@ -136,6 +156,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
         if max_steps is not None:
             trainer["max_steps"] = max_steps
+        if datamodule is not None:
+            trainer["simple_progress_bar"] = False  # epochs are long: a bar over their batches
         if n_validation and not early_stopping and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
@@ -153,6 +175,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             )
         finally:
             self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
+        split_key = split_key if datamodule is None else datamodule.split_key
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
@@ -197,6 +220,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
         table = self._table
         members = table.padded_members()
+        is_counts = holds_counts(self._state(REGISTRY_KEYS.X_KEY))
         statistics = training_statistics(
             self.adata_manager,
             train_indices,
@@ -206,6 +230,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             statistic=self.module.references.statistic if self.module.has_artifact else "median",
             sources=self._sources(),
             keep_pools=self.module.has_artifact and self.module.references.resample,
+            check=partial(check_values, counts=is_counts, non_negative=self._non_negative),
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))
@@ -257,6 +282,25 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self.diagnostics_ = self.get_diagnostics()
         for message in self._diagnostic_warnings(self.diagnostics_):
             warn(message)
+
+
+def check_no_split(
+    split_key: str | None,
+    train_size: float | None,
+    validation_size: float | None,
+    datasplitter_kwargs: dict[str, Any] | None,
+) -> None:
+    """Raise ``ValueError`` for a split that is given beside a screen."""
+    given = {
+        "split_key": split_key,
+        "train_size": train_size,
+        "validation_size": validation_size,
+        "datasplitter_kwargs": datasplitter_kwargs,
+    }
+    for name, value in given.items():
+        if value is not None:
+            msg = f"A screen brings its own split; received `{name}={value!r}` beside `datamodule`: give it to the screen."
+            raise ValueError(msg)
 
 
 def resolve_epochs(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int, n_obs: int) -> int:

@@ -1,0 +1,213 @@
+"""Models that are built from the registry of a screen on disk: the same as with an AnnData."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scvi_cradle import SAMSVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE
+from scvi_cradle.data import _setup
+from scvi_cradle.dataloaders import ScreenDataModule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*zarr v[23]:UserWarning"),
+]
+
+
+SMALL = {"likelihood": "nb", "n_latent_responsive": 4, "n_latent_invariant": 3}
+
+
+@pytest.fixture(scope="module")
+def path(shared_screen, tmp_path_factory):
+    path = tmp_path_factory.mktemp("screens") / "screen.zarr"
+    adata = shared_screen.copy()
+    adata.layers["log"] = sp.csr_matrix(adata.X.log1p())
+    adata.write_zarr(path)
+    return path
+
+
+def screen_for(case, path, **settings):
+    return ScreenDataModule(path, **case.keys(), **({"split_key": "split", "chunk_size": 32, "n_chunks": 4} | settings))
+
+
+def fit(case, screen, with_seed, **kwargs):
+    with with_seed(0):
+        model = case.model(registry=screen.registry, **case.architecture)
+        model.train(max_epochs=2, datamodule=screen, enable_progress_bar=False, **kwargs)
+    return model
+
+
+@pytest.fixture(scope="module")
+def streamed(case, path, with_seed):
+    screen = screen_for(case, path)
+    return fit(case, screen, with_seed), screen
+
+
+def test_what_is_learnt_outside_training_is_the_same_to_the_digit(case, trained, streamed):
+    model, _ = streamed
+    # what gradient descent does not touch
+    of_data = [name for name, _ in model.module.named_buffers() if "prior" not in name and "running" not in name]
+    assert {"n_obs_per_treatment", "input_mean", "input_std"} <= set(of_data)
+    ours, theirs = dict(model.module.named_buffers()), dict(trained.module.named_buffers())
+    for name in of_data:
+        np.testing.assert_array_equal(ours[name].numpy(), theirs[name].numpy(), err_msg=name)
+    assert model.label_counts_ == trained.label_counts_
+    for key in ("cell", "total", "artifact", "batch", "weight"):
+        np.testing.assert_array_equal(model.libraries_[key], trained.libraries_[key])
+    for part in ("train_indices_", "validation_indices_", "test_indices_"):
+        np.testing.assert_array_equal(np.sort(getattr(model, part)), np.sort(getattr(trained, part)))
+
+
+def test_training_goes_as_well_as_in_memory(trained, streamed):
+    model, _ = streamed
+    ours, theirs = (m.history["elbo_validation"].iloc[-1].item() for m in (model, trained))
+    assert list(model.history) == list(trained.history)
+    assert abs(ours / theirs - 1) < 0.05
+
+
+def test_queries_take_a_screen_in_the_place_of_an_anndata(streamed, shared_screen):
+    model, screen = streamed
+    for method in (model.get_latent_representation, lambda data: model.get_elbo(data, return_mean=False)):
+        np.random.default_rng(0)
+        own, on_disk, in_memory = method(None), method(screen), method(shared_screen.copy())
+        if method == model.get_latent_representation:  # no draws
+            np.testing.assert_array_equal(own, on_disk)
+            np.testing.assert_allclose(on_disk, in_memory, rtol=1e-5, atol=1e-6)
+        assert len(own) == screen.n_obs
+    indices = np.array([300, 2, 2, 77])
+    np.testing.assert_allclose(
+        model.get_latent_representation(screen, indices),
+        model.get_latent_representation()[indices],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_model_is_saved_and_loaded_without_data(case, streamed, path, tmp_path):
+    model, screen = streamed
+    model.save(tmp_path / "model")
+    loaded = case.model.load(tmp_path / "model", adata=False)
+    assert loaded.adata is None
+    labels = [label for label, n in loaded.label_counts_.items() if n][:2]
+    ours, theirs = (m.get_generated_expression(labels, n_samples=4, seed=1) for m in (loaded, model))
+    np.testing.assert_array_equal(ours.X.toarray(), theirs.X.toarray())
+    effects = [m.get_average_treatment_effects(labels[:1], n_particles=5, seed=1).X for m in (loaded, model)]
+    np.testing.assert_allclose(*effects, rtol=1e-5)
+    again = screen_for(case, path)
+    np.testing.assert_allclose(
+        loaded.get_latent_representation(again), model.get_latent_representation(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_training_goes_on_from_a_loaded_model(case, streamed, path, tmp_path):
+    model, _ = streamed
+    model.save(tmp_path / "model")
+    loaded = case.model.load(tmp_path / "model", adata=False)
+    loaded.train(max_epochs=1, datamodule=screen_for(case, path), enable_progress_bar=False)
+    assert loaded.train_cells_ == model.train_cells_
+
+
+# ---- one model stands for all ---------------------------------------------------------------------------------------
+
+
+def test_scores_diagnostics_and_pass_rates_read_what_they_need(path, with_seed):
+    screen = ScreenDataModule(path, perturbation_key="perturbation", artifact_key="artifact", split_key="split")
+    with with_seed(0):
+        model = CradleVAE(registry=screen.registry, n_latent=4, n_hidden=8)
+        model.train(max_epochs=2, datamodule=screen, enable_progress_bar=False)
+    assert model.diagnostics_ == model.get_diagnostics()
+    assert "pearson_delta" in model.evaluate(n_samples=20, n_bootstrap=5).index
+    assert model.qc_pass_rate(n_samples=5).loc["all", "real_passed"] >= 0
+    cells = model.get_counterfactual_expression(screen, [5, 3], perturbation="G01", seed=0)
+    assert list(cells.obs_names) == [screen.obs.index[5], screen.obs.index[3]]
+
+
+def test_quantile_hurdle_autoencoder_trains_from_disk(path, with_seed):
+    screen = ScreenDataModule(path, perturbation_key="perturbation", layer="log", split_key="split")
+    with with_seed(0):
+        model = QuantileHurdleAE(registry=screen.registry, n_latent=4, n_hidden=8)
+        model.train(max_steps=4, datamodule=screen, enable_progress_bar=False)
+    assert model.get_latent_representation(screen).shape == (screen.n_obs, 4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"control_pairing": "fixed"}, {"control_pairing": "within:batch"}, {"control_cells": "partners"}]
+)
+def test_control_partners_come_from_memory(path, with_seed, shared_screen, settings):
+    screen = ScreenDataModule(
+        path, perturbation_key="perturbation", split_key="split", obs_keys=["batch"], batch_size=32
+    )
+    with with_seed(0):
+        model = PerturbedVAE(registry=screen.registry, n_hidden=8, alignment="l2", **SMALL, **settings)
+        model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    loader = model.trainer.train_dataloader
+    partners = loader.controls
+    obs = shared_screen.obs.iloc[partners]
+    assert (obs["perturbation"] == "control").all()
+    assert (obs["split"] == "train").all()
+    batch = next(iter(loader))
+    known = {tuple(row) for row in shared_screen.X[partners].toarray()}
+    assert all(tuple(row) in known for row in batch["control_partner"].numpy())
+
+
+def test_values_that_are_no_counts_never_train(path, tmp_path, shared_screen, monkeypatch):
+    monkeypatch.setattr(_setup, "N_CHECKED", 8)
+    adata = shared_screen.copy()
+    counts = adata.X.toarray()
+    counts[350, 3] = np.nan
+    adata.X = sp.csr_matrix(counts)
+    adata.write_zarr(tmp_path / "bad.zarr")
+    adata.obs["split"] = "train"
+    screen = ScreenDataModule(tmp_path / "bad.zarr", perturbation_key="perturbation", obs=adata.obs, split_key="split")
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    before = [p.clone() for p in model.module.parameters()]
+    with pytest.raises(ValueError, match="The screen on disk must hold raw counts; received NaN"):
+        model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    assert all((a == b).all() for a, b in zip(before, model.module.parameters(), strict=True))
+    assert not model.is_trained_
+
+
+def test_screens_that_a_model_cannot_use_are_refused(path, shared_screen):
+    plain = ScreenDataModule(path, perturbation_key="perturbation")
+    flagged = ScreenDataModule(path, perturbation_key="perturbation", artifact_key="artifact")
+    logged = ScreenDataModule(path, perturbation_key="perturbation", artifact_key="artifact", layer="log")
+    with pytest.raises(ValueError, match="CradleVAE needs `artifact_key`"):
+        CradleVAE(registry=plain.registry)
+    with pytest.raises(ValueError, match="SAMSVAE does not use `artifact_key`"):
+        SAMSVAE(registry=flagged.registry)
+    with pytest.raises(ValueError, match="CradleVAE needs raw counts; the screen holds other values"):
+        CradleVAE(registry=logged.registry)
+    model = CradleVAE(registry=flagged.registry, n_latent=3, n_hidden=8)
+    with pytest.raises(ValueError, match="A screen brings its own split; received `split_key='split'`"):
+        model.train(max_epochs=1, datamodule=flagged, split_key="split")
+    with pytest.raises(TypeError, match="must be a `scvi_cradle.dataloaders.ScreenDataModule`; received list"):
+        model.train(max_epochs=1, datamodule=[])
+    with pytest.raises(ValueError, match="built from a registry, without"):
+        model.train(max_epochs=1)
+    adata = shared_screen.copy()
+    CradleVAE.setup_anndata(adata, perturbation_key="perturbation", artifact_key="artifact")
+    with pytest.raises(ValueError, match="for a model with data of its own"):
+        CradleVAE(adata, n_latent=3, n_hidden=8).train(max_epochs=1, datamodule=flagged)
+
+
+def test_a_screen_on_disk_is_not_saved_with_the_model(path, tmp_path, with_seed):
+    screen = ScreenDataModule(path, perturbation_key="perturbation")
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="is not saved with a model; received save_anndata=True"):
+        model.save(tmp_path / "model", save_anndata=True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_anndata_can_be_asked_about_after_a_screen(path, shared_screen, with_seed):
+    screen = ScreenDataModule(path, perturbation_key="perturbation")
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    query = shared_screen[:50].copy()
+    np.testing.assert_allclose(
+        model.get_latent_representation(query), model.get_latent_representation()[:50], rtol=1e-5, atol=1e-6
+    )
+    assert model.adata.n_obs == screen.n_obs  # its own cells stay its own
