@@ -218,6 +218,16 @@ def check_non_negative(matrix: Any, where: str) -> None:
         raise ValueError(msg)
 
 
+def check_gives_rows(matrix: Any, name: str) -> None:
+    """Raise ``ValueError`` for a dask array of sparse chunks: scvi-tools' loaders take rows of dense ones only."""
+    if is_dask(matrix) and sp.issparse(matrix[:1].compute()):
+        msg = (
+            f"Models read dask arrays of dense chunks only; received {name} with sparse chunks: load it with "
+            f"`{name} = {name}.compute()`, or train from disk with `scvi_cradle.dataloaders.ScreenDataModule`."
+        )
+        raise ValueError(msg)
+
+
 def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
     sums = list(map_blocks(matrix, lambda block: np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()))
