@@ -1,8 +1,12 @@
-"""Sparse-aware helpers on count matrices: nothing of size cells x genes is made dense here."""
+"""Sparse-aware helpers on count matrices: nothing of size cells x genes is made dense here.
+
+Dask arrays are worked on by chunks of rows, as one graph: where and in what order is the scheduler's business.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from scvi_cradle._validation import check_key
 
 BLOCK_SIZE = 1_024  # rows: of 20,000 genes with 16 % counts 25 MB
 GROUPED_BLOCK_SIZE = 4_096  # where every block is added to dense sums of many groups
+ADDED_AT_ONCE = 4  # sums of chunks of a dask array
 
 
 def get_matrix(adata: AnnData, layer: str | None) -> Any:
@@ -27,16 +32,116 @@ def get_matrix(adata: AnnData, layer: str | None) -> Any:
     return adata.layers[layer]
 
 
+def is_dask(matrix: Any) -> bool:
+    """Return whether ``matrix`` is a dask array; dask need not be installed."""
+    return hasattr(matrix, "__dask_graph__")
+
+
 def iter_blocks(matrix: Any, block_size: int = BLOCK_SIZE) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """Yield ``(first row, block)`` with CSR blocks of at most ``block_size`` rows, from any storage."""
+    """Yield ``(first row, block)`` with CSR blocks of at most ``block_size`` rows, from any storage.
+
+    Chunks of a dask array are computed one after the other; :func:`map_blocks` and :func:`sum_blocks` leave them to dask.
+    """
+    if is_dask(matrix):
+        for first, _, chunk in _row_chunks(matrix):
+            yield from ((first + start, block) for start, block in iter_blocks(chunk.compute(), block_size))
+        return
     n_rows = matrix.shape[0]
     if sp.issparse(matrix) and matrix.format == "csc":
         matrix = matrix.tocsr()
     for start in range(0, n_rows, block_size):
-        block = matrix[start : min(start + block_size, n_rows)]
-        if hasattr(block, "compute"):
-            block = block.compute()
-        yield start, sp.csr_matrix(block)
+        yield start, sp.csr_matrix(matrix[start : min(start + block_size, n_rows)])
+
+
+def map_blocks(
+    matrix: Any, function: Callable[..., Any], *of_cells: Any, block_size: int = BLOCK_SIZE
+) -> Iterator[Any]:
+    """Yield ``function(block, ...)`` of all blocks of :func:`iter_blocks`, in order; of a dask array from one graph.
+
+    Parameters
+    ----------
+    matrix
+        Values in any storage, shape ``(n_cells, n_genes)``.
+    function
+        It is given a CSR block, and the rows of ``of_cells`` that belong to it. What it returns should be small.
+    of_cells
+        Arrays or CSR matrices of ``n_cells`` rows.
+    block_size
+        Largest number of rows of a block; a chunk of a dask array is cut, too.
+    """
+    if is_dask(matrix):
+        import dask
+
+        task = dask.delayed(_list_of_blocks)
+        tasks = [
+            task(chunk, function, *(values[first:end] for values in of_cells), block_size=block_size)
+            for first, end, chunk in _row_chunks(matrix)
+        ]
+        yield from chain.from_iterable(dask.compute(*tasks))
+        return
+    for start, block in iter_blocks(matrix, block_size):
+        yield function(block, *(values[start : start + block.shape[0]] for values in of_cells))
+
+
+def sum_blocks(
+    matrix: Any,
+    add: Callable[..., None],
+    shapes: Sequence[tuple[int, ...]],
+    *of_cells: Any,
+    block_size: int = GROUPED_BLOCK_SIZE,
+) -> list[np.ndarray]:
+    """Return sums over blocks; every chunk of a dask array has sums of its own, which are added as a tree in one graph.
+
+    Parameters
+    ----------
+    matrix
+        Values in any storage, shape ``(n_cells, n_genes)``.
+    add
+        It is given the list of sums, a CSR block that it may change, and the rows of ``of_cells`` that belong to it, and
+        adds the block to the sums in place.
+    shapes
+        Shapes of the sums, which are float64 and begin at 0.
+    of_cells
+        Arrays or CSR matrices of ``n_cells`` rows.
+    block_size
+        Largest number of rows of a block.
+    """
+    if is_dask(matrix) and matrix.shape[0]:
+        import dask
+
+        of_chunk, together = dask.delayed(sum_blocks), dask.delayed(_added)
+        parts = [
+            of_chunk(chunk, add, shapes, *(values[first:end] for values in of_cells), block_size=block_size)
+            for first, end, chunk in _row_chunks(matrix)
+        ]
+        while len(parts) > 1:
+            parts = [together(parts[i : i + ADDED_AT_ONCE]) for i in range(0, len(parts), ADDED_AT_ONCE)]
+        return list(parts[0].compute())
+    totals = [np.zeros(shape) for shape in shapes]
+    for start, block in iter_blocks(matrix, block_size):
+        add(totals, block, *(values[start : start + block.shape[0]] for values in of_cells))
+    return totals
+
+
+def _row_chunks(matrix: Any) -> Iterator[tuple[int, int, Any]]:
+    """Yield first row, end and delayed values of the chunks of rows of a dask array; empty chunks are left out."""
+    ends = np.cumsum(matrix.chunks[0])
+    chunks = matrix.rechunk({1: -1}).to_delayed().ravel()
+    for end, size, chunk in zip(ends, matrix.chunks[0], chunks, strict=True):
+        if size:
+            yield int(end - size), int(end), chunk
+
+
+def _list_of_blocks(matrix: Any, function: Callable[..., Any], *of_cells: Any, block_size: int) -> list[Any]:
+    return list(map_blocks(matrix, function, *of_cells, block_size=block_size))
+
+
+def _added(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    totals = [first.copy() for first in parts[0]]
+    for part in parts[1:]:
+        for total, values in zip(totals, part, strict=True):
+            total += values
+    return totals
 
 
 def to_csr(matrix: Any) -> sp.csr_matrix:
@@ -45,8 +150,17 @@ def to_csr(matrix: Any) -> sp.csr_matrix:
         return matrix
     if sp.issparse(matrix):
         return sp.csr_matrix(matrix)
-    blocks = [block for _, block in iter_blocks(matrix)]
+    blocks = list(map_blocks(matrix, sp.csr_matrix))
     return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(matrix.shape)
+
+
+def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
+    """Return rows of any storage as CSR; backed storage wants sorted positions."""
+    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
+        return to_csr(matrix[indices])
+    order = np.argsort(indices, kind="stable")
+    block = to_csr(matrix[indices[order]])
+    return block[np.argsort(order, kind="stable")]
 
 
 def stack_rows(blocks: list[sp.csr_matrix]) -> sp.csr_matrix:
@@ -67,19 +181,18 @@ def stack_rows(blocks: list[sp.csr_matrix]) -> sp.csr_matrix:
 
 def counts_problem(matrix: Any) -> str | None:
     """Return what keeps ``matrix`` from being raw counts (NaN, infinity, negative, fractional), or ``None``."""
-    for _, block in iter_blocks(matrix):
-        values = block.data
-        if values.dtype.kind in "biu":
-            if values.dtype.kind == "i" and values.size and values.min() < 0:
-                return "negative values"
-            continue
-        if not np.isfinite(values).all():
-            return "NaN or infinite values"
-        if (values < 0).any():
-            return "negative values"
-        if (values != np.round(values)).any():
-            return "fractional values"
-    return None
+    return next((problem for problem in map_blocks(matrix, _block_problem) if problem is not None), None)
+
+
+def _block_problem(block: sp.csr_matrix) -> str | None:
+    values = block.data
+    if values.dtype.kind in "biu":
+        return "negative values" if values.dtype.kind == "i" and values.size and values.min() < 0 else None
+    if not np.isfinite(values).all():
+        return "NaN or infinite values"
+    if (values < 0).any():
+        return "negative values"
+    return "fractional values" if (values != np.round(values)).any() else None
 
 
 def check_counts(matrix: Any, where: str) -> None:
@@ -92,23 +205,32 @@ def check_counts(matrix: Any, where: str) -> None:
 
 def check_finite(matrix: Any, where: str) -> None:
     """Raise ``ValueError`` unless every value is finite."""
-    for _, block in iter_blocks(matrix):
-        if block.dtype.kind == "f" and not np.isfinite(block.data).all():
-            msg = f"{where} must hold finite values; received NaN or infinite values: drop these cells or genes."
-            raise ValueError(msg)
+    if not all(map_blocks(matrix, lambda block: block.dtype.kind != "f" or bool(np.isfinite(block.data).all()))):
+        msg = f"{where} must hold finite values; received NaN or infinite values: drop these cells or genes."
+        raise ValueError(msg)
 
 
 def check_non_negative(matrix: Any, where: str) -> None:
     """Raise ``ValueError`` unless no value is negative."""
-    for _, block in iter_blocks(matrix):
-        if block.dtype.kind in "if" and block.data.size and block.data.min() < 0:
-            msg = f"{where} must hold values that are not negative; received {block.data.min():.3g}: pass normalised values that are not scaled or centred, e.g. of `scanpy.pp.log1p`."
-            raise ValueError(msg)
+    lowest = (low for low in map_blocks(matrix, lambda block: block.data.min(initial=0)) if low < 0)
+    if (low := next(lowest, None)) is not None:
+        msg = f"{where} must hold values that are not negative; received {low:.3g}: pass normalised values that are not scaled or centred, e.g. of `scanpy.pp.log1p`."
+        raise ValueError(msg)
+
+
+def check_gives_rows(matrix: Any, name: str) -> None:
+    """Raise ``ValueError`` for a dask array of sparse chunks: scvi-tools' loaders take rows of dense ones only."""
+    if is_dask(matrix) and sp.issparse(matrix[:1].compute()):
+        msg = (
+            f"Models read dask arrays of dense chunks only; received {name} with sparse chunks: load it with "
+            f"`{name} = {name}.compute()`, or train from disk with `scvi_cradle.dataloaders.ScreenDataModule`."
+        )
+        raise ValueError(msg)
 
 
 def row_sums(matrix: Any) -> np.ndarray:
     """Return the sum of every row in float64."""
-    sums = [np.asarray(block.sum(axis=1, dtype=np.float64)).ravel() for _, block in iter_blocks(matrix)]
+    sums = list(map_blocks(matrix, lambda block: np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()))
     return np.concatenate(sums) if sums else np.zeros(0)
 
 
@@ -128,15 +250,15 @@ def weighted_sums(matrix: Any, weights: Any, *functions: Callable[[np.ndarray], 
     -------
     For each function a float64 array of shape ``(n_groups, n_genes)``.
     """
-    of_cell = sp.csr_matrix(weights)
-    sums = [np.zeros((of_cell.shape[1], matrix.shape[1])) for _ in functions]
-    for start, block in iter_blocks(matrix, GROUPED_BLOCK_SIZE):
-        rows = sp.csr_matrix(of_cell[start : start + block.shape[0]].T)
-        values = block.data.astype(np.float64)
-        for total, function in zip(sums, functions, strict=True):
+
+    def add(totals: list[np.ndarray], block: sp.csr_matrix, weights_: sp.csr_matrix) -> None:
+        rows, values = sp.csr_matrix(weights_.T), block.data.astype(np.float64)
+        for total, function in zip(totals, functions, strict=True):
             block.data = function(values).astype(np.float64, copy=False)
             total += (rows @ block).toarray()
-    return sums
+
+    of_cell = sp.csr_matrix(weights)
+    return sum_blocks(matrix, add, [(of_cell.shape[1], matrix.shape[1])] * len(functions), of_cell)
 
 
 def log_normalize(block: sp.csr_matrix) -> sp.csr_matrix:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from scvi_cradle._association import association_table
 from scvi_cradle._constants import QC_CRITERIA, QC_UNS_KEY
-from scvi_cradle._matrix import iter_blocks
+from scvi_cradle._matrix import map_blocks
 from scvi_cradle._validation import as_flags, preview
 
 __all__ = [
@@ -71,7 +72,7 @@ def gene_set_hash(genes: Iterable[object], gene_sets: Mapping[str, Iterable[obje
 
 
 def qc_metrics(matrix: Any, gene_sets: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Compute the metrics of every cell in float64, block by block and without a dense copy.
+    """Compute the metrics of every cell in float64, by blocks and without a dense copy.
 
     Parameters
     ----------
@@ -85,13 +86,13 @@ def qc_metrics(matrix: Any, gene_sets: Mapping[str, np.ndarray]) -> pd.DataFrame
     Columns ``total_counts``, ``n_genes``, ``pct_mt``, ``pct_ribo``, ``pct_hb`` (0 to 100; NaN without counts).
     """
     masks = np.column_stack([np.asarray(gene_sets[name], dtype=np.float64) for name in PCT_CRITERIA.values()])
-    values = np.zeros((matrix.shape[0], 2 + masks.shape[1]))
-    for start, block in iter_blocks(matrix):
-        rows = slice(start, start + block.shape[0])
+
+    def sums(block: sp.csr_matrix) -> np.ndarray:
         positive = np.concatenate([[0], np.cumsum(block.data > 0)])
-        values[rows, 0] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-        values[rows, 1] = positive[block.indptr[1:]] - positive[block.indptr[:-1]]
-        values[rows, 2:] = block @ masks
+        total = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+        return np.column_stack([total, positive[block.indptr[1:]] - positive[block.indptr[:-1]], block @ masks])
+
+    values = np.vstack([np.zeros((0, 2 + masks.shape[1])), *map_blocks(matrix, sums)])
     with np.errstate(invalid="ignore"):
         values[:, 2:] *= 100.0 / np.where(values[:, :1] > 0, values[:, :1], np.nan)
     return pd.DataFrame(values, columns=[*COUNT_CRITERIA, *PCT_CRITERIA])

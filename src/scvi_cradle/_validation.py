@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 
 def near_matches(name: object, known: Iterable[object], n: int = 3) -> str:
@@ -58,6 +59,18 @@ def check_key(mapping: Mapping[str, Any] | pd.DataFrame, key: str, where: str, a
         hint = near_matches(key, known) or f" (it holds {preview(known) or 'nothing'})"
         msg = f"`{argument}` must be a key of `{where}`; received {key!r}, which is not there{hint}."
         raise KeyError(msg)
+
+
+def check_tables(adata: AnnData, name: str = "adata") -> None:
+    """Raise ``TypeError`` for tables that are not in memory, as :func:`anndata.experimental.read_lazy` gives them."""
+    for table in ("obs", "var"):
+        held = getattr(adata, table)
+        if not isinstance(held, pd.DataFrame):
+            msg = (
+                f"`{name}.{table}` must be a table in memory; received {type(held).__name__}, as `read_lazy` gives it: "
+                f"call `{name}.obs, {name}.var = {name}.obs.to_memory(), {name}.var.to_memory()` (counts stay on disk)."
+            )
+            raise TypeError(msg)
 
 
 def check_unique_names(names: pd.Index, what: str) -> None:

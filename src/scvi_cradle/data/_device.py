@@ -14,9 +14,8 @@ from scvi.data import AnnDataManager
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from scvi_cradle._matrix import BLOCK_SIZE, to_csr
+from scvi_cradle._matrix import BLOCK_SIZE, rows_of, to_csr
 from scvi_cradle.data._blocks import StoredSplitter
-from scvi_cradle.data._statistics import rows_of
 
 SHARE_OF_FREE = 0.5
 """Data move to a GPU by themselves if they take no more than this share of its free memory."""

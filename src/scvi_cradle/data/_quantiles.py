@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from scvi_cradle._matrix import to_csr
-from scvi_cradle.data._statistics import rows_of
+from scvi_cradle._matrix import rows_of, to_csr
 
 
 def empirical_quantiles(

@@ -12,8 +12,8 @@ from scvi import REGISTRY_KEYS
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import canonical_labels
-from scvi_cradle._matrix import check_counts, check_finite, get_matrix
-from scvi_cradle._validation import as_flags, check_key, near_matches, preview
+from scvi_cradle._matrix import check_counts, check_finite, check_gives_rows, get_matrix
+from scvi_cradle._validation import as_flags, check_key, check_tables, near_matches, preview
 from scvi_cradle.data._fields import ARTIFACT_REMEDY, dosage_matrix, holds_counts, label_rule, label_table
 
 
@@ -69,6 +69,7 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> list[str]:
     registries = registry["field_registries"]
     x_registry = registries[REGISTRY_KEYS.X_KEY]
     adata = expression_of(data, x_registry["data_registry"].get("mod_key"))
+    check_tables(adata)
     trained = [str(g) for g in x_registry["state_registry"]["column_names"]]
     names = [str(g) for g in adata.var_names]
     if names != trained:
@@ -81,6 +82,7 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> list[str]:
         raise ValueError(msg)
     layer = x_registry["data_registry"]["attr_key"]
     check = check_counts if holds_counts(x_registry["state_registry"]) else check_finite
+    check_gives_rows(get_matrix(adata, layer), "adata.X" if layer is None else f"adata.layers[{layer!r}]")
     check(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
     state = registries[KEYS.PERTURBATION]["state_registry"]
     categories: list[str] = []

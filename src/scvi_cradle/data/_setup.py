@@ -18,8 +18,16 @@ from scvi.data import AnnDataManager, fields
 from scvi_cradle._association import association_table
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import check_counts, check_finite, check_non_negative, counts_problem, get_matrix, row_sums
-from scvi_cradle._validation import as_flags, check_key, check_unique_names, preview
+from scvi_cradle._matrix import (
+    check_counts,
+    check_finite,
+    check_gives_rows,
+    check_non_negative,
+    counts_problem,
+    get_matrix,
+    row_sums,
+)
+from scvi_cradle._validation import as_flags, check_key, check_tables, check_unique_names, preview
 from scvi_cradle.data._fields import (
     ARTIFACT_REMEDY,
     ArtifactField,
@@ -227,6 +235,7 @@ def check_setup(adata: AnnData, a: SetupArguments, matrix: Any = None) -> bool:
     if adata.n_obs == 0 or adata.n_vars == 0:
         msg = f"The AnnData must hold cells and genes; received shape {adata.shape}."
         raise ValueError(msg)
+    check_tables(adata)
     check_unique_names(adata.var_names, "Gene")
     for argument, key in a.obs_keys.items():
         check_key(adata.obs, key, "adata.obs", argument)
@@ -235,6 +244,7 @@ def check_setup(adata: AnnData, a: SetupArguments, matrix: Any = None) -> bool:
     flags = _check_flags(adata, a)
     matrix = get_matrix(adata, a.layer) if matrix is None else matrix
     where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
+    check_gives_rows(matrix, "adata.X" if a.layer is None else f"adata.layers[{a.layer!r}]")
     check_values(matrix, where, counts=a.count_only, non_negative=a.non_negative)
     is_counts = a.count_only or counts_problem(matrix) is None
     empty = int((row_sums(matrix) == 0).sum()) if is_counts else 0

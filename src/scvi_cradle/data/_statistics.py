@@ -14,7 +14,7 @@ from scvi.data import AnnDataManager
 from tqdm.auto import tqdm
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle._matrix import BLOCK_SIZE, to_csr
+from scvi_cradle._matrix import BLOCK_SIZE, rows_of, to_csr
 from scvi_cradle.data._spill import RowSpill
 from scvi_cradle.data._stored import stored_matrix
 
@@ -148,15 +148,6 @@ def training_statistics(
 def column(manager: AnnDataManager, key: str) -> np.ndarray:
     """Return a registered column as a flat array."""
     return np.asarray(manager.get_from_registry(key)).ravel()
-
-
-def rows_of(matrix: Any, indices: np.ndarray) -> sp.csr_matrix:
-    """Return rows of any storage as CSR; backed storage wants sorted positions."""
-    if sp.issparse(matrix) or isinstance(matrix, np.ndarray):
-        return to_csr(matrix[indices])
-    order = np.argsort(indices, kind="stable")
-    block = to_csr(matrix[indices[order]])
-    return block[np.argsort(order, kind="stable")]
 
 
 def _moments(

@@ -13,7 +13,16 @@ from anndata import AnnData
 from scipy.stats import false_discovery_control, ttest_ind_from_stats
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL
-from scvi_cradle._matrix import check_counts, iter_blocks, row_sums, to_csr
+from scvi_cradle._matrix import (
+    BLOCK_SIZE,
+    check_counts,
+    is_dask,
+    log_normalize,
+    map_blocks,
+    row_sums,
+    sum_blocks,
+    to_csr,
+)
 from scvi_cradle._qc import gene_set_masks
 from scvi_cradle._validation import check_key, check_one_of, check_positive, check_probability
 
@@ -35,7 +44,7 @@ def prepare_norman(adata: AnnData, *, paper: Literal["cradle", "sams", "perturbe
     Returns
     -------
     A new AnnData. Genes found in at least 20 cells are kept, then cells with 200 to 6,000 genes and less than 15 % of
-    mitochondrial counts.
+    mitochondrial counts. Matrices are dask arrays where ``X`` was one.
 
     Raises
     ------
@@ -104,6 +113,7 @@ def prepare_santinha(adata: AnnData) -> AnnData:
     A new AnnData. Kept are cells with at least 6,000 counts and 2,700 genes, and of these the genes that are found in
     at least 3 cells, are not mitochondrial, and have a mean count of at least 0.4 in the controls or in some
     perturbation. ``X`` is normalised to 10,000 counts a cell and ``log(1 + x)``; ``layers["counts"]`` holds raw counts.
+    Matrices are dask arrays where ``X`` was one.
 
     Raises
     ------
@@ -144,7 +154,7 @@ def prepare_replogle(
     ----------
     adata
         Result of :func:`replogle` (any screen with raw counts in ``X``, ``obs["perturbation"]`` and controls), in
-        memory or backed. It is not changed; the matrix is read block by block.
+        memory, on disk or a dask array. It is not changed; the matrix is read block by block.
     min_cells
         Smallest number of cells of a perturbation, at least 2.
     min_de_genes
@@ -237,18 +247,18 @@ def prepare_replogle(
 
 def _log_moments(matrix: Any, codes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of log-normalised counts, each of shape ``(n_labels, n_genes)``."""
-    shape = (len(sizes), matrix.shape[1])
-    total, squares = np.zeros(shape), np.zeros(shape)
-    for start, counts in iter_blocks(matrix):
+
+    def add(totals: list[np.ndarray], counts: sp.csr_matrix, rows: np.ndarray) -> None:
         check_counts(counts, "`adata.X`")
-        block = AnnData(counts.astype(np.float64))
-        _normalize(block)
-        rows = codes[start : start + block.n_obs]
+        block = log_normalize(counts) * np.log(2.0)
         present, position = np.unique(rows, return_inverse=True)
-        ones = np.ones(block.n_obs)
-        member = sp.csr_matrix((ones, (position, np.arange(block.n_obs))), shape=(len(present), block.n_obs))
-        total[present] += (member @ block.X).toarray()
-        squares[present] += (member @ block.X.power(2)).toarray()
+        cells = np.arange(len(rows))
+        member = sp.csr_matrix((np.ones(len(rows)), (position, cells)), shape=(len(present), len(rows)))
+        totals[0][present] += (member @ block).toarray()
+        totals[1][present] += (member @ block.power(2)).toarray()
+
+    shapes = [(len(sizes), matrix.shape[1])] * 2
+    total, squares = sum_blocks(matrix, add, shapes, codes, block_size=BLOCK_SIZE)
     n = sizes[:, None]
     mean = total / n
     scatter = squares - n * mean**2
@@ -275,8 +285,8 @@ def _differs(
 
 def _subset(matrix: Any, cells: np.ndarray, genes: np.ndarray) -> sp.csr_matrix:
     """Return rows and columns of a matrix in any storage."""
-    blocks = [block[cells[start : start + block.shape[0]]][:, genes] for start, block in iter_blocks(matrix)]
-    return sp.csr_matrix(sp.vstack(blocks, format="csr"), dtype=np.float32)
+    blocks = map_blocks(matrix, lambda block, kept: block[kept][:, genes], cells)
+    return sp.csr_matrix(sp.vstack(list(blocks), format="csr"), dtype=np.float32)
 
 
 def _filter_genes(adata: AnnData, *, min_cells: int, without: np.ndarray | None = None) -> AnnData:
@@ -306,7 +316,7 @@ def _highly_variable(adata: AnnData, n_genes: int) -> np.ndarray:
 def _log_normalized(adata: AnnData) -> AnnData:
     """Return a copy with log-normalised ``X`` and raw counts in ``layers["counts"]``."""
     result = adata.copy()
-    result.X = to_csr(result.X).astype(np.float32)
+    result.X = (result.X if is_dask(result.X) else to_csr(result.X)).astype(np.float32)
     result.layers["counts"] = result.X.copy()
     _normalize(result)
     return result

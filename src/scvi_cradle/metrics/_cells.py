@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS
 from scvi_cradle._labels import LabelRule
-from scvi_cradle._matrix import GROUPED_BLOCK_SIZE, iter_blocks, log_normalize, to_csr
+from scvi_cradle._matrix import is_dask, log_normalize, rows_of, sum_blocks
 from scvi_cradle._validation import preview
 from scvi_cradle.metrics._effects import read_counts, read_labels
 
@@ -99,14 +99,14 @@ class Cells:
         """Return cells, ``(n_parts, n_labels)``, and summed log2 expression, ``(n_parts, n_labels, n_genes)``, of partitions."""
         n = len(self.labels)
         codes = [self.codes + n * part for part in parts]
-        totals = [np.zeros((n_parts * n, len(self.genes))) for _ in parts]
-        for start, raw in iter_blocks(self.matrix, GROUPED_BLOCK_SIZE):
-            block = log_normalize(raw)
-            cells = np.arange(block.shape[0])
-            for code, total in zip(codes, totals, strict=True):
-                group = code[start : start + block.shape[0]]
+
+        def add(totals: list[np.ndarray], raw: sp.csr_matrix, *groups: np.ndarray) -> None:
+            block, cells = log_normalize(raw), np.arange(raw.shape[0])
+            for group, total in zip(groups, totals, strict=True):
                 member = sp.csr_matrix((np.ones(len(cells)), (group, cells)), shape=(len(total), len(cells)))
                 total += (member @ block).toarray()
+
+        totals = sum_blocks(self.matrix, add, [(n_parts * n, len(self.genes))] * len(codes), *codes)
         return [
             (np.bincount(code, minlength=n_parts * n).reshape(n_parts, n), total.reshape(n_parts, n, -1))
             for code, total in zip(codes, totals, strict=True)
@@ -140,10 +140,19 @@ class Cells:
         weight = 1.0 / np.bincount(self.codes, minlength=len(self.labels))[self.codes[rows]]
         return np.sort(rng.choice(rows, min(n, len(rows)), replace=False, p=weight / weight.sum()))
 
-    def expression(self, rows: np.ndarray, genes: pd.Index) -> np.ndarray:
-        """Return log2 expression of some cells, dense, in the order of ``genes``."""
-        values = log_normalize(to_csr(self.matrix[rows])).toarray()
-        return values if self.genes.equals(genes) else values[:, self.genes.get_indexer(genes)]
+    def expressions(self, draws: Sequence[np.ndarray], genes: pd.Index) -> Iterator[np.ndarray]:
+        """Yield log2 expression of several draws of cells, dense, in the order of ``genes``.
+
+        Of a dask array the cells of all draws are read at once: it is passed through once and not once per draw.
+        """
+        matrix, places = self.matrix, list(draws)
+        if is_dask(matrix) and draws:
+            rows, position = np.unique(np.concatenate(draws), return_inverse=True)
+            matrix = rows_of(matrix, rows)
+            places = np.split(position, np.cumsum([len(rows) for rows in draws])[:-1])
+        for rows in places:
+            values = log_normalize(rows_of(matrix, rows)).toarray()
+            yield values if self.genes.equals(genes) else values[:, self.genes.get_indexer(genes)]
 
 
 def check_same_genes(truth: Cells, cells: Cells, name: str) -> None:

@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from scvi_cradle._constants import CONTROL_UNS_KEY
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._matrix import GROUPED_BLOCK_SIZE, check_counts, get_matrix, iter_blocks, log_normalize
+from scvi_cradle._matrix import check_counts, get_matrix, log_normalize, sum_blocks
 from scvi_cradle._validation import check_key, check_one_of, check_unique_names, preview
 
 EffectMethod: TypeAlias = Literal["perturbseq", "mean"]
@@ -58,18 +58,18 @@ def group_sums(matrix: Any, codes: np.ndarray, n_groups: int, *, method: EffectM
     -------
     Two float64 arrays of shape ``(n_groups, n_genes)``.
     """
-    shape = (n_groups, matrix.shape[1])
-    total, total_of_squares = np.zeros(shape), np.zeros(shape)
-    for start, raw in iter_blocks(matrix, GROUPED_BLOCK_SIZE):
-        group = codes[start : start + raw.shape[0]]
+
+    def add(totals: list[np.ndarray], raw: sp.csr_matrix, group: np.ndarray) -> None:
         cells = np.flatnonzero(group >= 0)
         if not len(cells):
-            continue
+            return
         block = log_normalize(raw) if method == "perturbseq" else raw.astype(np.float64)
         member = sp.csr_matrix((np.ones(len(cells)), (group[cells], cells)), shape=(n_groups, raw.shape[0]))
-        total += (member @ block).toarray()
+        totals[0] += (member @ block).toarray()
         block.sum_duplicates()
-        total_of_squares += (member @ block.power(2)).toarray()
+        totals[1] += (member @ block.power(2)).toarray()
+
+    total, total_of_squares = sum_blocks(matrix, add, [(n_groups, matrix.shape[1])] * 2, codes)
     return total, total_of_squares
 
 

@@ -211,18 +211,23 @@ def _cell_distances(
     pool = training or truth
     known = pool.perturbations if training else (sorted(set(truth.perturbations) - set(labels)) or labels)
     out = np.full((2, len(labels)), np.nan)
+    scored: list[int] = []
+    of_truth: list[np.ndarray] = []
+    of_other: list[np.ndarray] = []
+    of_pool: list[np.ndarray] = []
     for i, label in enumerate(labels):
         others = known if training else [x for x in known if x != label]
-        any_cells = pool.expression(pool.draw(others, MAX_CELLS, rng), truth.genes)
+        any_cells = pool.draw(others, MAX_CELLS, rng)
         n = min(int(truth.n_cells[label]), int(other.n_cells[label]), len(any_cells), MAX_CELLS)
         if n < 2:
             continue
-        real = truth.expression(truth.draw([label], n, rng), truth.genes)
-        guess = other.expression(other.draw([label], n, rng), truth.genes)
-        out[0, i], out[1, i] = (
-            energy_distance(real, guess),
-            energy_distance(real, any_cells[rng.permutation(len(any_cells))[:n]]),
-        )
+        scored.append(i)
+        of_truth.append(truth.draw([label], n, rng))
+        of_other.append(other.draw([label], n, rng))
+        of_pool.append(any_cells[rng.permutation(len(any_cells))[:n]])
+    cells = ((truth, of_truth), (other, of_other), (pool, of_pool))
+    for i, real, guess, any_ in zip(scored, *(c.expressions(rows, truth.genes) for c, rows in cells), strict=True):
+        out[:, i] = energy_distance(real, guess), energy_distance(real, any_)
     return out[0], out[1]
 
 

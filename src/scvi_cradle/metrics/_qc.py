@@ -11,7 +11,7 @@ import pandas as pd
 from scvi_cradle._constants import QC_CRITERIA, QC_UNS_KEY
 from scvi_cradle._matrix import check_counts, get_matrix
 from scvi_cradle._qc import check_record, flag_cells, qc_metrics, record_gene_masks
-from scvi_cradle._validation import as_flags, check_key
+from scvi_cradle._validation import as_flags, check_key, check_tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +66,8 @@ def qc_pass_rate(
     ------
     KeyError
         If a column or a layer is missing.
+    TypeError
+        If ``obs`` or ``var`` are not in memory (``read_lazy``).
     ValueError
         For values that are not counts, for genes other than those of the record, unknown batches, or without
         thresholds.
@@ -79,6 +81,8 @@ def qc_pass_rate(
     ----------
     CRADLE-VAE's QCPR; it calls doublets on generated cells and counts the larger class as passed, both not done here.
     """
+    check_tables(real, "real")
+    check_tables(predicted, "predicted")
     record = _record(real, thresholds)
     for side, name in ((real, "real.obs"), (predicted, "predicted.obs")):
         check_key(side.obs, perturbation_key, name, "perturbation_key")

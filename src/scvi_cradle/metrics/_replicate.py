@@ -173,13 +173,16 @@ def _shifts(
 def half_distances(cells: Cells, labels: Sequence[str], half: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the energy distance of the halves of every label, shape ``(n_labels,)``; NaN where a half has one cell."""
     out = np.full(len(labels), np.nan)
+    scored, draws = [], []
     for i, label in enumerate(labels):
         rows = np.flatnonzero(cells.codes == cells.labels.index(label))
         sides = [rows[half[rows] == h] for h in (0, 1)]
         n = min(len(sides[0]), len(sides[1]), MAX_CELLS)
         if n >= 2:
-            x, y = (cells.expression(np.sort(rng.choice(s, n, replace=False)), cells.genes) for s in sides)
-            out[i] = energy_distance(x, y)
+            scored.append(i)
+            draws += [np.sort(rng.choice(s, n, replace=False)) for s in sides]
+    values = cells.expressions(draws, cells.genes)
+    out[scored] = [energy_distance(x, y) for x, y in zip(values, values, strict=True)]
     return out
 
 

@@ -11,15 +11,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 from anndata import AnnData
 
-from scvi_cradle._matrix import to_csr
+from scvi_cradle._matrix import rows_of, to_csr
 from scvi_cradle._qc import ALL_CELLS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    import scipy.sparse as sp
 
 MAX_CELLS = 30_000
 MIN_CELLS = MIN_GENES = 30
@@ -47,7 +46,8 @@ def call_doublets(
     Parameters
     ----------
     matrix
-        Counts of shape ``(n_cells, n_genes)`` in any storage.
+        Counts of shape ``(n_cells, n_genes)`` in any storage. Of a matrix on disk or a dask array only the cells of a
+        batch, or of a chunk of it, are in memory at a time.
     method
         ``"scrublet"`` (scanpy's) or ``"scrublet-package"``; both with exact neighbours.
     batches
@@ -61,7 +61,7 @@ def call_doublets(
     -------
     Boolean array of shape ``(n_cells,)`` and the notes that the user has to see.
     """
-    counts = to_csr(matrix)
+    counts = to_csr(matrix) if sp.issparse(matrix) else matrix
     names = np.full(counts.shape[0], ALL_CELLS) if batches is None else batches
     calls, notes = np.zeros(counts.shape[0], dtype=bool), []
     run = _scanpy_scrublet if method == "scrublet" else _package_scrublet
@@ -70,7 +70,7 @@ def call_doublets(
         if len(chunks) > 1:
             notes.append(f"`doublet`, batch {str(batch)!r}: above {max_cells} cells, called in {len(chunks)} chunks.")
         for rows in chunks:
-            calls[rows], note = _call_usable(counts[rows], run, seed)
+            calls[rows], note = _call_usable(rows_of(counts, rows), run, seed)
             if note is not None:
                 notes.append(f"`doublet`, batch {str(batch)!r}: {note}; none of these {len(rows)} cells is called.")
     return calls, notes

@@ -22,7 +22,7 @@ from scvi_cradle._qc import (
     gene_set_masks,
     qc_metrics,
 )
-from scvi_cradle._validation import as_flags, check_key, check_one_of, check_positive, preview
+from scvi_cradle._validation import as_flags, check_key, check_one_of, check_positive, check_tables, preview
 from scvi_cradle.pp._doublets import METHODS, call_doublets, check_method
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def qc_label(
     Parameters
     ----------
     adata
-        Raw counts in ``X`` or in a layer: sparse, dense, backed, dask. Gene symbols as ``var_names``; boolean columns
-        ``mt``, ``ribo``, ``hb`` of ``var`` replace the sets that are otherwise read from the symbols.
+        Raw counts in ``X`` or in a layer: sparse, dense, on disk, or a dask array of dense or sparse chunks, whose
+        chunks of rows are left to Dask's scheduler. Gene symbols as ``var_names``; boolean columns ``mt``, ``ribo``,
+        ``hb`` of ``var`` replace the sets that are otherwise read from the symbols.
     n_mads
         Number of MADs, positive; the paper used 3, 4 and 5.
     flavor
@@ -85,8 +86,10 @@ def qc_label(
         ``batch_key=None`` takes the record's.
     doublets
         ``"scrublet"``: scanpy's, with exact neighbours. ``"scrublet-package"``: the original package. Any other name:
-        a boolean column of ``obs``. ``None``: the criterion ``"doublet"`` is left out. Batches above 30,000 cells are
-        called in chunks; below 30 genes or cells no cell is called. Both are warned about.
+        a boolean column of ``obs``. ``None``: the criterion ``"doublet"`` is left out. A batch of up to 30,000 cells is
+        called at once, a larger one is shuffled and called in chunks of equal size, 30,000 cells at most; of counts
+        on disk or in a dask array only the cells of that batch or chunk are loaded. Below 30 genes or cells no cell is
+        called. Chunks and cells that are not called are warned about.
     key_added
         Column for the union of the criteria.
     copy
@@ -109,7 +112,7 @@ def qc_label(
         For values that are not counts, for arguments out of range, if ``thresholds`` hold for other genes or batches
         or come together with ``n_mads``, ``flavor`` or ``reference``, if a batch has no reference cell.
     TypeError
-        If ``thresholds`` is not a stored record.
+        If ``thresholds`` is not a stored record, or ``obs`` or ``var`` are not in memory (``read_lazy``).
     ImportError
         For ``doublets="scrublet-package"`` without the package.
 
@@ -156,6 +159,7 @@ def qc_label(
 def _check_arguments(
     adata: AnnData, *, n_mads: float, flavor: str, criteria: Sequence[str], key_added: str, seed: int, copy: bool
 ) -> None:
+    check_tables(adata)
     check_positive("n_mads", n_mads)
     check_one_of("flavor", flavor, tuple(MAD_SCALE))
     check_positive("seed", seed, integer=True, allow_zero=True)

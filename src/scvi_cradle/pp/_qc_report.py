@@ -9,7 +9,7 @@ import pandas as pd
 from scvi_cradle._constants import QC_CRITERIA
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
 from scvi_cradle._qc import association_table
-from scvi_cradle._validation import as_flags, check_key
+from scvi_cradle._validation import as_flags, check_key, check_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +61,12 @@ def qc_report(
     ------
     KeyError
         If a column is missing.
+    TypeError
+        If ``obs`` or ``var`` are not in memory (``read_lazy``).
     ValueError
         For labels that cannot be read, no control cell, flags that are not boolean, missing batches.
     """
+    check_tables(adata)
     check_key(adata.obs, perturbation_key, "adata.obs", "perturbation_key")
     if artifact_key not in adata.obs:
         msg = f"`artifact_key` must be a column of `adata.obs`; received {artifact_key!r}: {REMEDY}."

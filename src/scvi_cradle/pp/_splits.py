@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from scvi_cradle._labels import LabelRule, canonical_labels, check_has_control
-from scvi_cradle._validation import check_key, check_one_of, check_positive, check_probability
+from scvi_cradle._validation import check_key, check_one_of, check_positive, check_probability, check_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,8 @@ def split_perturbations(
     ------
     KeyError
         If ``perturbation_key`` is missing.
+    TypeError
+        If ``obs`` or ``var`` are not in memory (``read_lazy``).
     ValueError
         For arguments out of range, no control cell, or nothing that can be held out.
 
@@ -79,6 +81,7 @@ def split_perturbations(
     ----------
     :cite:`bereket2023samsvae`, appendix A.4, for ``exact_cells`` (64/16/20 % of the cells at ``val_fraction=0.2``).
     """
+    check_tables(adata)
     check_one_of("scheme", scheme, SCHEMES)
     check_probability("test_fraction", test_fraction)
     check_positive("val_fraction", val_fraction, allow_zero=True)
