@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +17,7 @@ from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.data import DeviceDataSplitter, TrainingStatistics, split_indices, training_statistics
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
-from scvi_cradle.train import PerturbationTrainingPlan
+from scvi_cradle.train import PerturbationTrainingPlan, RunState, n_processes
 
 MIN_EPOCHS, N_VALIDATIONS = 5, 100
 PLAN_ARGUMENTS = (
@@ -45,6 +47,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
         load_on_device: bool | Literal["auto"] = "auto",
+        checkpoint_dir: str | Path | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -64,7 +67,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"`` for every cell
             (see :func:`scvi_cradle.pp.split_perturbations`). Default: a random split of 90 % and 10 %.
         batch_size
-            Cells per step. Default 128 (512 for the papers' presets; PerturbedVAE: 64; QuantileHurdleAE: 256).
+            Cells per step and process (see ``strategy``). Default 128 (512 for the papers' presets; PerturbedVAE: 64; QuantileHurdleAE: 256).
         lr
             Learning rate of Adam. Default 3e-3, after a warm-up of 30 steps along a cosine to 0 and 5 times higher for
             the treatment posteriors (3e-4 constant for the papers' presets). PerturbedVAE: 1e-3 along the same schedule,
@@ -77,12 +80,18 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         train_size, validation_size, shuffle_set_split
             The random split, as in scvi-tools.
         early_stopping
-            Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed.
+            Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed. scvi-tools
+            switches it off, with a warning, where several processes train: pass lightning's ``EarlyStopping`` among
+            ``callbacks`` there.
         load_on_device
             Whether to keep the counts on the device of training, as CSR (8 bytes per non-zero value), and to make them dense
             there batch by batch; the batches are the same. ``"auto"``: on a CUDA device, if they take at most half of its
             free memory. Backed data, several processes and special ``datasplitter_kwargs`` always take the usual loaders, as
             do PerturbedVAE and QuantileHurdleAE, for which True is an error.
+        checkpoint_dir
+            Folder in which the state of the run is kept after every epoch (``last.ckpt``). Called again with the same
+            arguments, data and ``scvi.settings.seed``, the run goes on from there, and on one CPU ends with the same
+            bits as if it had not been interrupted. Default: nothing is kept.
         plan_kwargs
             Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
         datasplitter_kwargs
@@ -90,6 +99,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         **kwargs
             Further arguments of scvi-tools' ``train`` and of :class:`scvi.train.Trainer` (``accelerator``,
             ``devices``, ``callbacks``, ``logger``, ``enable_progress_bar``, ``check_val_every_n_epoch``, ...).
+            ``strategy="ddp"`` with ``devices=2`` trains in two processes (see the user guide, :doc:`/user_guide/multi_device`).
 
         Raises
         ------
@@ -97,7 +107,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             If there is no column ``split_key``.
         ValueError
             If the split is not one, or leaves no control cell for training; for ``load_on_device=True`` with a model that
-            loads cells in its own way.
+            loads cells in its own way; for several processes or a ``checkpoint_dir`` with a random split that has no
+            seed; for a ``checkpoint_dir`` with another run.
         """
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
@@ -106,10 +117,18 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self._validate_anndata(None)
         settings_ = dict(self._training_settings)
         batch_size = batch_size or settings_["batch_size"]
+        external, processes = (datasplitter_kwargs or {}).get("external_indexing"), n_processes(kwargs)
+        if (
+            split_key is None
+            and external is None
+            and shuffle_set_split
+            and (processes > 1 or checkpoint_dir is not None)
+        ):
+            check_seed()
         split = split_indices(
             self.adata_manager,
             split_key,
-            external_indexing=(datasplitter_kwargs or {}).get("external_indexing"),
+            external_indexing=external,
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
@@ -119,7 +138,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device)
         n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
-        steps_per_epoch = math.ceil(n_cells / batch_size)
+        steps_per_epoch = math.ceil(math.ceil(n_cells / processes) / batch_size)
         if max_epochs is None and max_steps is None:
             max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
         max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, n_cells)
@@ -128,10 +147,14 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
         if max_steps is not None:
             trainer["max_steps"] = max_steps
-        if n_validation and not early_stopping and not kwargs.get("enable_checkpointing"):
+        if n_validation and (not early_stopping or processes > 1) and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
             kwargs = self._stopping_arguments(max_epochs) | kwargs
+        run = RunState(
+            self._identity(split, plan, max_epochs, max_steps, batch_size, objective, processes), checkpoint_dir
+        )
+        kwargs = {"ckpt_path": run.resume_from()} | kwargs | {"callbacks": [*kwargs.get("callbacks", ()), run]}
         self.module.objective = objective
         self.module.train()
         try:
@@ -149,6 +172,18 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
+
+    def _identity(self, split: list[np.ndarray], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        """Return what must be the same where a run is taken up again."""
+        cells = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
+        plain = {k: v for k, v in plan.items() if isinstance(v, str | int | float | tuple | None)}
+        return {
+            "model": type(self).__name__,
+            "cells": cells_hash(self.adata),
+            "split": cells.hexdigest(),
+            "settings": repr((self._architecture, plain, self.is_trained_, arguments)),
+            "seed": settings.seed,
+        }
 
     def _batch_cells(self, cells: np.ndarray) -> np.ndarray:
         """Return the positions, among those of a part of the split, of cells that batches are made of."""
@@ -249,6 +284,13 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self.diagnostics_ = self.get_diagnostics()
         for message in self._diagnostic_warnings(self.diagnostics_):
             warn(message)
+
+
+def check_seed() -> None:
+    """Raise ``ValueError`` if a random split would be another one in every process and at every call."""
+    if settings.seed is None:
+        msg = "A run of several processes, or one that is to be taken up again, needs the same split everywhere; received a random split without a seed: set `scvi.settings.seed`, or name a `split_key`."
+        raise ValueError(msg)
 
 
 def resolve_epochs(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int, n_obs: int) -> int:

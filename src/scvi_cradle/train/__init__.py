@@ -10,6 +10,7 @@ from scvi_cradle.train._plan import (
     PairedTrainingPlan,
     PerturbationTrainingPlan,
 )
+from scvi_cradle.train._run_state import RunState, n_processes
 
 __all__ = [
     "ALIGN_WARMUP",
@@ -19,7 +20,9 @@ __all__ = [
     "ContinuedTrainingPlan",
     "PairedTrainingPlan",
     "PerturbationTrainingPlan",
+    "RunState",
     "fit_classifiers",
     "fit_discriminants",
+    "n_processes",
     "score",
 ]

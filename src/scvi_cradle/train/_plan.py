@@ -130,7 +130,12 @@ class PerturbationTrainingPlan(TrainingPlan):
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
         if self._is_told_at_once:
+            extra, loss_output.extra_metrics = loss_output.extra_metrics, {}
             super().compute_and_log_metrics(loss_output, metrics, mode)
+            # several processes cannot add these up where scvi-tools logs them, in inference mode
+            extra = {f"{name}_{mode}": value.detach() for name, value in extra.items()}
+            options = {"on_step": self.on_step, "on_epoch": self.on_epoch, "sync_dist": self.use_sync_dist}
+            self.log_dict(extra, batch_size=n_cells, **options)
             return
         sums = self.sums.setdefault(mode, {})
         if self.is_first_batch:
@@ -167,7 +172,8 @@ class PerturbationTrainingPlan(TrainingPlan):
     def _log_means(self, mode: str) -> None:
         sums = self.sums.pop(mode, {})
         if mode == "train" and sums and "kl_weight" in self.loss_kwargs:
-            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=False, on_epoch=True)
+            weight = self.loss_kwargs["kl_weight"]
+            self.log("kl_weight", weight, on_step=False, on_epoch=True, sync_dist=self.use_sync_dist)
         n_cells = int(sums.pop(N_CELLS, 0))
         for name, total in sums.items():
             self.log(
