@@ -152,7 +152,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         if early_stopping:
             kwargs = self._stopping_arguments(max_epochs) | kwargs
         run = RunState(
-            self._identity(split, plan, max_epochs, max_steps, batch_size, objective, processes), checkpoint_dir
+            self._run_identity(split, plan, max_epochs, max_steps, batch_size, objective, processes), checkpoint_dir
         )
         kwargs = {"ckpt_path": run.resume_from()} | kwargs | {"callbacks": [*kwargs.get("callbacks", ()), run]}
         self.module.objective = objective
@@ -168,12 +168,14 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             )
         finally:
             self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
+        if self.train_indices_ is None:  # the processes were started from this one, which has loaded no cells
+            self.train_indices, self.validation_indices, self.test_indices = split
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
 
-    def _identity(self, split: list[np.ndarray], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    def _run_identity(self, split: list[np.ndarray], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
         """Return what must be the same where a run is taken up again."""
         cells = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
         plain = {k: v for k, v in plan.items() if isinstance(v, str | int | float | tuple | None)}

@@ -94,7 +94,9 @@ def n_processes(trainer: dict[str, Any]) -> int:
     if not (isinstance(strategy, DDPStrategy) or (isinstance(strategy, str) and "ddp" in strategy)):
         return 1
     chosen = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer}
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     return int(Trainer(strategy=copy(strategy), **chosen, **quiet).world_size)
 
 
