@@ -43,7 +43,8 @@ def check_devices(devices: Devices) -> list[torch.device]:
 
 def copies_on(module: Any, devices: list[torch.device]) -> list[Any]:
     """Return a copy of the module for every device; without devices, the module itself."""
-    return [deepcopy(module).to(device) for device in devices] or [module]
+    with torch.inference_mode(mode=False):  # torch rounds linear maps of inference tensors in another way
+        return [deepcopy(module).to(device) for device in devices] or [module]
 
 
 def spread(

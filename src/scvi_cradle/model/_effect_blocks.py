@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from scvi_cradle._constants import COUNTS_PER_CELL
-from scvi_cradle.model._devices import block_generator, spread
+from scvi_cradle.model._devices import block_generator, copies_on, spread
 from scvi_cradle.module.base import (
     EffectNoise,
     FastLinear,
@@ -120,7 +120,7 @@ class EffectBlocks:
     def on(self, device: torch.device) -> EffectBlocks:
         """Return a copy on a device, which computes what it is given and draws nothing of its own."""
         moved = copy(self)
-        moved.module, moved._fast = deepcopy(self.module).to(device), FastLinear()
+        (moved.module,), moved._fast = copies_on(self.module, [device]), FastLinear()
         shared = {name: getattr(self.particles, name).to(device) for name in ("covariates", "library")}
         moved.particles, moved.size = self.particles._replace(**shared), self.size.to(device)
         moved.table = None if self.table is None else self.table.to(device)
