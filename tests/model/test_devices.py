@@ -14,6 +14,10 @@ import torch
 from scvi_cradle import QuantileHurdleAE, datasets
 from scvi_cradle.model._devices import block_generator, copies_on, spread
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
+]
 TWO = ["cpu", "cpu"]
 
 

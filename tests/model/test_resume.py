@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
+]
 SCRIPT = Path(__file__).with_name("killed.py")
 
 

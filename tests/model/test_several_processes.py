@@ -17,6 +17,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from scvi_cradle import CradleVAE, QuantileHurdleAE
 from scvi_cradle.train import n_processes
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),  # short
+    pytest.mark.filterwarnings("ignore:Generated cells (vary too little|of one label are close):UserWarning"),
+]
 SCRIPT = Path(__file__).with_name("two_processes.py")
 BATCH_NORM = "SVAEPlus-lopez"  # its layers see the cells of their own process
 
