@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scanpy as sc
+import scvi
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -95,8 +96,10 @@ def test_two_processes_take_the_step_of_one_for_all_models(one_process, tmp_path
 
 def test_logging_of_steps_works_in_two_processes(results):
     """scvi-tools' own logging cannot add up further metrics over processes."""
-    history = torch.load(results / "results.pt", weights_only=False)[0]["on_step"][2]
-    assert {"train_loss_step", "kl_treatment_train_step", "cf_kl_train_epoch", "validation_loss_epoch"} <= set(history)
+    steps = torch.load(results / "results.pt", weights_only=False)[0]
+    (_, _, at_once), (_, _, history) = steps["on_step"], steps["CradleVAE"]
+    for name in ("kl_treatment_train", "cf_kl_train", "kl_treatment_validation", "validation_loss", "elbo_validation"):
+        assert at_once[f"{name}_epoch"] == pytest.approx(history[name], rel=1e-5), name
 
 
 def test_a_training_in_two_processes_ends_like_one(one_process, results):
@@ -112,8 +115,8 @@ def test_a_training_in_two_processes_ends_like_one(one_process, results):
     assert np.isfinite(loaded.get_latent_representation()).all()
     assert loaded.get_generated_expression(n_samples=2, seed=0).X.sum() > 0
     one, two = (m.get_average_treatment_effects(n_particles=200, seed=0).X.ravel() for m in (model, loaded))
-    assert np.corrcoef(one, two)[0, 1] > 0.9
-    assert np.abs(one - two).max() < 0.25 * np.abs(one).max()
+    assert np.corrcoef(one, two)[0, 1] > 0.9  # 0.97 between two seeds in one process
+    assert np.square(one - two).mean() < 0.25 * np.square(one).mean()
 
 
 @pytest.mark.parametrize("kind", ["controls", "passed", "failed"])
@@ -141,8 +144,6 @@ def test_a_random_split_without_seed_is_an_error(case, shared_screen, tmp_path, 
         model = case.build(shared_screen.copy())
     several = {"strategy": "ddp", "accelerator": "cpu", "devices": 2}
     with with_seed(0):
-        import scvi
-
         scvi.settings._seed = None
         for kwargs in (several, {"checkpoint_dir": tmp_path}):
             with pytest.raises(
