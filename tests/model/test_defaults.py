@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from scvi_cradle import CPAVAE, SAMSVAE, ConditionalVAE, CradleVAE, SVAEPlus, presets
-from scvi_cradle.model._training import resolve_epochs
+from scvi_cradle.model._run_arguments import resolve_epochs
 from scvi_cradle.presets import latent_size
 
 

@@ -216,6 +216,11 @@ class ScreenDataModule(LightningDataModule):
             )
         return self._split
 
+    @property
+    def has_random_split(self) -> bool:
+        """Whether the split is drawn at random."""
+        return self.split_key is None and self._sizes[2]
+
     def train_dataloader(self) -> Any:
         """Return the batches of training cells, shuffled: dictionaries of tensors by registry key."""
         return self._splitter().train_dataloader()

@@ -17,6 +17,7 @@ from scvi_cradle._matrix import row_sums
 from scvi_cradle._validation import preview
 from scvi_cradle.data import PairedSplitter, find_partners, pool_of_cells
 from scvi_cradle.model._base import check_indices
+from scvi_cradle.model._devices import Devices
 from scvi_cradle.model._generation import Output, Request
 from scvi_cradle.model._training import TrainingMixin
 from scvi_cradle.train import ALIGN_WARMUP, KL_WARMUP, PairedTrainingPlan
@@ -118,7 +119,7 @@ class ControlPairsMixin(TrainingMixin):
     def _draw_noise(
         self, pool: dict[str, np.ndarray], rows: np.ndarray, generator: Generator, *, vary: bool = True
     ) -> Tensor:
-        device, module = self.module.device, self.module
+        device, module = generator.device, self.module
         mean, std = (torch.as_tensor(pool[name][rows], device=device) for name in STATES)
         noise = torch.randn((1, len(rows), module.n_latent), generator=generator, device=device)
         if not vary:
@@ -140,6 +141,7 @@ class ControlPairsMixin(TrainingMixin):
         batch: str | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        devices: Devices = None,
     ) -> AnnData:
         """Generate new cells: control cells are drawn, and given a perturbation (PerturbedVAE, prediction).
 
@@ -167,6 +169,9 @@ class ControlPairsMixin(TrainingMixin):
             Batch of the control cells; default: any.
         seed, batch_size
             Seed of the draws (default: from torch's global generator), and cells decoded at once.
+        devices
+            Devices to share the work, each with a copy of the module, e.g. ``["cuda:0", "cuda:1"]``. Draws do not depend
+            on their number. Default: the model's device.
 
         Returns
         -------
@@ -186,7 +191,7 @@ class ControlPairsMixin(TrainingMixin):
         """
         pool = None if adata is None and indices is None else self._pool_of(adata, indices)
         return self._generate(
-            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size), pool
+            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size, devices), pool
         )
 
     @torch.inference_mode()

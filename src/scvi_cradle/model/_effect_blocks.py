@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from scvi_cradle._constants import COUNTS_PER_CELL
+from scvi_cradle.model._devices import block_generator, copies_on, spread
 from scvi_cradle.module.base import (
     EffectNoise,
     FastLinear,
@@ -60,19 +62,28 @@ class Block(NamedTuple):
         Of their effects, if the module has effects: for every particle, or for every two neighbours.
     dispersion
         Factors of sampled counts that labels share, shape ``(n_particles, 1, n_genes)``.
+    number
+        Of the block.
     """
 
     members: Tensor
     basal: Tensor
     noise: EffectNoise | None
     dispersion: Tensor | None
+    number: int = 0
+
+    def to(self, device: torch.device) -> Block:
+        """Return the block on a device."""
+        noise = None if self.noise is None else EffectNoise(*(x.to(device) for x in self.noise))
+        dispersion = None if self.dispersion is None else self.dispersion.to(device)
+        return Block(self.members.to(device), self.basal.to(device), noise, dispersion, self.number)
 
 
 class EffectBlocks:
     """Differences of expression between labels and the control.
 
     The random numbers of a label are drawn at once, so that the sizes of blocks change nothing but rounding; where counts
-    are sampled, theirs are drawn block by block.
+    are sampled, theirs are drawn block by block, by a generator of the block's own.
 
     Parameters
     ----------
@@ -106,26 +117,56 @@ class EffectBlocks:
         # where a network makes embeddings of masks, it is evaluated once for two particles
         self._per_noise = 2 if module.effects is not None and module.effects.is_amortized else 1
 
-    def differences(self, members: Tensor, *, share_basal: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def on(self, device: torch.device) -> EffectBlocks:
+        """Return a copy on a device, which computes what it is given and draws nothing of its own."""
+        moved = copy(self)
+        (moved.module,), moved._fast = copies_on(self.module, [device]), FastLinear()
+        shared = {name: getattr(self.particles, name).to(device) for name in ("covariates", "library")}
+        moved.particles, moved.size = self.particles._replace(**shared), self.size.to(device)
+        moved.table = None if self.table is None else self.table.to(device)
+        return moved
+
+    def differences(
+        self, members: Tensor, *, share_basal: bool, devices: Sequence[torch.device] = ()
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield mean and standard deviation over particles of every label minus the first, each ``(n_genes,)``."""
         likelihood, n = self.module.decoder.likelihood, len(self.size)
         basal, dispersion = self.particles.draw_noise().transpose(0, 1), None
         if self.sampled and share_basal and hasattr(likelihood, "draw_dispersion"):
             shape = torch.Size((n, 1, len(likelihood.theta)))
             dispersion = likelihood.draw_dispersion(shape, self.particles.generator)
-        control = self._draw(members[:1], basal, dispersion)
-        base = torch.cat([self.expression(control, rows) for rows in _slices(n, self._n_rows)])  # (n, 1, n_genes)
-        for codes in members[1:].split(max(BLOCK_LABELS, self._n_rows // n)):
-            block = self._draw(codes, basal if share_basal else None, dispersion)
-            mean = squares = torch.zeros((), dtype=torch.float64)
-            for rows in _slices(n, self._n_rows // len(codes)):
-                difference = self.expression(block, rows).sub_(base[rows])
-                center = difference.mean(0)
-                apart = difference.sub_(center).square_().sum(0)
-                shift, share = center.cpu().double() - mean, len(difference) / (rows.start + len(difference))
-                squares = squares + apart.cpu().double() + shift.square() * (rows.start * share)
-                mean = mean + shift * share
-            yield from zip(mean.float().numpy(), (squares / n).sqrt().float().numpy(), strict=True)
+        base = self._values(self._draw(members[:1], basal, dispersion))  # (n, 1, n_genes)
+        workers = [(worker, base.to(worker.size.device)) for worker in ([self.on(d) for d in devices] or [self])]
+        blocks = (
+            self._draw(codes, basal if share_basal else None, dispersion)._replace(number=1 + i)
+            for i, codes in enumerate(members[1:].split(max(BLOCK_LABELS, self._n_rows // n)))
+        )
+        for means, stds in spread(lambda worker, block: worker[0]._moments(block, worker[1]), workers, blocks):
+            yield from zip(means, stds, strict=True)
+
+    def _values(self, block: Block) -> Tensor:
+        """Return expression of all particles of a block of one label, shape ``(n_particles, 1, n_genes)``."""
+        generator, n = self._generator(block), len(self.size)
+        return torch.cat([self.expression(block, rows, generator) for rows in _slices(n, self._n_rows)])
+
+    def _moments(self, block: Block, base: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of the labels of a block minus the control, each ``(n_labels, n_genes)``."""
+        block, generator, n = block.to(self.size.device), self._generator(block), len(self.size)
+        mean = squares = torch.zeros((), dtype=torch.float64)
+        for rows in _slices(n, self._n_rows // len(block.members)):
+            difference = self.expression(block, rows, generator).sub_(base[rows])
+            center = difference.mean(0)
+            apart = difference.sub_(center).square_().sum(0)
+            shift, share = center.cpu().double() - mean, len(difference) / (rows.start + len(difference))
+            squares = squares + apart.cpu().double() + shift.square() * (rows.start * share)
+            mean = mean + shift * share
+        return mean.float().numpy(), (squares / n).sqrt().float().numpy()
+
+    def _generator(self, block: Block) -> Generator | None:
+        """Return the source of a block's sampled counts."""
+        if not self.sampled:
+            return None
+        return block_generator(self.particles.generator.initial_seed(), block.number, self.size.device)
 
     def _draw(self, members: Tensor, basal: Tensor | None, dispersion: Tensor | None = None) -> Block:
         """Draw the random numbers of labels, label by label."""
@@ -150,7 +191,7 @@ class EffectBlocks:
             parts = self.module.prior(Pairs.from_members(block.members), block.basal[rows], **noise)
             return self.module.decoder(parts, self.particles.covariates[rows])
 
-    def expression(self, block: Block, rows: slice) -> Tensor:
+    def expression(self, block: Block, rows: slice, generator: Generator | None = None) -> Tensor:
         """Return (expected or sampled) expression on the scale of the effects, shape ``(n_rows, n_labels, n_genes)``."""
         output, likelihood = self.decode(block, rows), self.module.decoder.likelihood
         if self.table is not None:
@@ -158,7 +199,7 @@ class EffectBlocks:
         values = likelihood.mean(output, self.size[rows])
         if self.sampled:
             shared = () if block.dispersion is None else (block.dispersion[rows],)
-            values = likelihood.sample(values, self.particles.generator, *shared)
+            values = likelihood.sample(values, generator, *shared)
         if self.method == "mean":
             return values
         return torch.log2(1 + COUNTS_PER_CELL * values / values.sum(-1, keepdim=True).clamp_min(1))

@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY
 from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle.model._devices import Devices, check_devices
 from scvi_cradle.model._draws import (
     as_module_input,
     covariate_tensors,
@@ -44,6 +45,7 @@ class EffectsMixin(GenerationMixin):
         expectation: Literal["auto", "exact", "sample"] = "auto",
         stack: bool | float = False,
         seed: int | None = None,
+        devices: Devices = None,
     ) -> AnnData:
         """Return the average effect of every perturbation on artifact-free expression (SAMS-VAE, sec. 3.2).
 
@@ -83,6 +85,9 @@ class EffectsMixin(GenerationMixin):
             ``"perturbseq"`` and observed library sizes.
         seed
             Seed of the draws; default: from torch's global generator.
+        devices
+            Devices to share the work, each with a copy of the module, e.g. ``["cuda:0", "cuda:1"]``. Draws do not depend
+            on their number. Default: the model's device.
 
         Returns
         -------
@@ -104,6 +109,7 @@ class EffectsMixin(GenerationMixin):
             self._needs_counts("method='perturbseq'")
         check_one_of("expectation", expectation, ("auto", "exact", "sample"))
         check_positive("n_particles", n_particles, integer=True)
+        chosen = check_devices(devices)
         stack = as_stack(stack, method=method, library_size=library_size)
         control = self._rule.control_name
         labels = [x for x in self._requested_labels(perturbations) if perturbations is not None or x != control]
@@ -126,7 +132,8 @@ class EffectsMixin(GenerationMixin):
         sampled = expectation == "sample"
         table = None if sampled or method == "mean" else self._read_table(particles.libraries)
         blocks = EffectBlocks(self.module, particles, method, sampled=sampled, table=table)
-        means, stds = zip(*blocks.differences(members, share_basal=share_basal), strict=True)
+        differences = blocks.differences(members, share_basal=share_basal, devices=chosen)
+        means, stds = zip(*differences, strict=True)
         effects = AnnData(
             X=np.stack(means),
             obs=pd.DataFrame({COLUMNS.PERTURBATION: pd.Categorical(labels)}, index=pd.Index(labels, dtype=str)),

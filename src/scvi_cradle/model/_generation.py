@@ -19,6 +19,7 @@ from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY, COUNTS_PER_CELL, KE
 from scvi_cradle._matrix import stack_rows
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.model._base import LabelledModel, check_indices
+from scvi_cradle.model._devices import Devices, block_generator, check_devices, copies_on, spread
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
 from scvi_cradle.module.base import Pairs
 from scvi_cradle.module.base import library_size as observed_library_size
@@ -38,6 +39,7 @@ class Request:
     batch: str | None
     seed: int | None
     batch_size: int | None
+    devices: Devices = None
 
 
 class GenerationMixin(LabelledModel):
@@ -54,6 +56,7 @@ class GenerationMixin(LabelledModel):
         batch: str | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        devices: Devices = None,
     ) -> AnnData:
         """Generate new cells from the prior (CRADLE-VAE, Alg. 3).
 
@@ -77,6 +80,9 @@ class GenerationMixin(LabelledModel):
             Seed of the draws; default: from torch's global generator, which ``scvi.settings.seed`` governs.
         batch_size
             Cells decoded at once. Default ``scvi.settings.batch_size``.
+        devices
+            Devices to share the work, each with a copy of the module, e.g. ``["cuda:0", "cuda:1"]``. Draws do not depend
+            on their number. Default: the model's device.
 
         Returns
         -------
@@ -94,7 +100,7 @@ class GenerationMixin(LabelledModel):
             If the model is not trained.
         """
         return self._generate(
-            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size)
+            perturbations, Request(n_samples, artifact, library_size, output, batch, seed, batch_size, devices)
         )
 
     @torch.inference_mode()
@@ -111,20 +117,26 @@ class GenerationMixin(LabelledModel):
         artifact = bool(request.artifact)
         with_artifact = self._artifact_argument(artifact=artifact)
         check_positive("n_samples", request.n_samples, integer=True)
+        devices = check_devices(request.devices)
         generator, rng = _randomness(self, request.seed)
         batch = self._batch_code(request.batch)
         draw = draw_libraries(pool, request.n_samples, request.library_size, artifact=artifact, batch=batch, rng=rng)
         covariates = covariate_tensors(pool, draw.rows)
-        members = torch.as_tensor(self._members(labels), device=self.module.device)
-        blocks = []
-        for row in members:
-            for rows in _blocks(request.n_samples, request.batch_size):
-                tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, self.module.device)
-                pairs = Pairs.from_members(row.expand(len(rows), -1))
-                noise = self._draw_noise(pool, draw.rows[rows], generator)
-                decoded = decode_prior(self.module, pairs, tensors, noise, generator=generator, **with_artifact)
-                library = torch.as_tensor(draw.total[rows], device=self.module.device)[:, None]
-                blocks.append(_emit(self.module, decoded, library, request.output, generator))
+        members, seed = torch.as_tensor(self._members(labels)), generator.initial_seed()
+
+        def make(module: Any, block: tuple[int, Tensor, np.ndarray]) -> Any:
+            number, row, rows = block
+            own = block_generator(seed, number, module.device)
+            tensors = as_module_input({k: v[rows] for k, v in covariates.items()}, module.device)
+            pairs = Pairs.from_members(row.to(module.device).expand(len(rows), -1))
+            noise = self._draw_noise(pool, draw.rows[rows], own)
+            decoded = decode_prior(module, pairs, tensors, noise, generator=own, **with_artifact)
+            return _emit(
+                module, decoded, torch.as_tensor(draw.total[rows], device=module.device)[:, None], request.output, own
+            )
+
+        parts = ((row, rows) for row in members for rows in _blocks(request.n_samples, request.batch_size))
+        blocks = list(spread(make, copies_on(self.module, devices), ((i, *part) for i, part in enumerate(parts))))
         obs = self._generated_obs(labels, request.n_samples, artifact=artifact)
         if self.module.decoder.likelihood.counts:
             obs["library_size"] = np.tile(draw.total, len(labels))
@@ -138,7 +150,7 @@ class GenerationMixin(LabelledModel):
 
         ``rows`` are the cells of the pool that new cells take their covariates from.
         """
-        noise = torch.randn((1, len(rows), self.module.n_latent), generator=generator, device=self.module.device)
+        noise = torch.randn((1, len(rows), self.module.n_latent), generator=generator, device=generator.device)
         return noise if vary else torch.zeros_like(noise)
 
     @torch.inference_mode()

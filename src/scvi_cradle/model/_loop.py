@@ -26,7 +26,7 @@ from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
 from scvi_cradle.model._loop_context import forked_randomness, quiet_trainer
 from scvi_cradle.model._loop_results import FREE_PREVALENCE, LoopResultsMixin
 from scvi_cradle.model._scores import fit_scores
-from scvi_cradle.train import ClassifierSettings
+from scvi_cradle.train import ClassifierSettings, n_processes
 
 
 class PerturbationLoopMixin(LoopResultsMixin):
@@ -248,6 +248,9 @@ class PerturbationLoopMixin(LoopResultsMixin):
         if ours & set(train_kwargs):
             msg = f"The loop sets the split and the number of steps by `split_key` and `max_steps`; received {preview(sorted(ours & set(train_kwargs)))}: leave it out."
             raise TypeError(msg)
+        if n_processes(train_kwargs) > 1:
+            msg = "The loop draws training cells with weights, in one process; received `strategy` and `devices` for several: leave them out (`train` takes them)."
+            raise ValueError(msg)
         if not screen.n_categories:
             msg = "At least one cell for training or validation must be perturbed; received only controls: mend the split."
             raise ValueError(msg)

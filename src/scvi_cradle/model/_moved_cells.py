@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist
 
 from scvi_cradle._validation import check_one_of, check_positive, preview
 from scvi_cradle.model._base import check_indices, warn
+from scvi_cradle.model._devices import Devices, block_generator, check_devices, copies_on, spread
 from scvi_cradle.model._draws import make_generator
 from scvi_cradle.model._loop import PerturbationLoopMixin
 
@@ -39,6 +40,7 @@ class MovedCellsMixin(PerturbationLoopMixin):
         cell_type: str | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        devices: Devices = None,
     ) -> AnnData:
         """Generate perturbed cells: latents of controls are moved to the perturbed population and decoded.
 
@@ -65,6 +67,9 @@ class MovedCellsMixin(PerturbationLoopMixin):
             Cell type to generate; default: as in the controls, of the types in which all treatments of the label occur.
         seed, batch_size
             Seed of the draws; cells decoded at once.
+        devices
+            Devices to share the work, each with a copy of the module, e.g. ``["cuda:0", "cuda:1"]``. Draws do not depend
+            on their number. Default: the model's device.
 
         Returns
         -------
@@ -82,15 +87,17 @@ class MovedCellsMixin(PerturbationLoopMixin):
         check_one_of("method", method, ("shift", "transport"))
         self._check_request(artifact=artifact, library_size=library_size, output=output, batch=batch)
         check_positive("n_samples", n_samples, integer=True)
+        workers = copies_on(self.module, check_devices(devices))
         labels = self._movable(perturbations, method)
-        generator = make_generator(seed, self.module.device)
-        rng = np.random.default_rng(generator.initial_seed())
+        chosen = make_generator(seed, self.module.device).initial_seed()
+        rng = np.random.default_rng(chosen)
         draws = rng.random(n_samples)
-        blocks, cell_types = [], []
-        for label in labels:
-            moved, types, _ = self._moved(label, draws, method, cell_type, rng)
-            blocks.append(self._decode(moved, output, generator, batch_size))
-            cell_types.append(types)
+        moved, cell_types, _ = zip(*(self._moved(x, draws, method, cell_type, rng) for x in labels), strict=True)
+
+        def make(module: Any, block: tuple[int, np.ndarray]) -> np.ndarray:
+            return decode(module, block[1], output, block_generator(chosen, block[0], module.device), batch_size)
+
+        blocks = list(spread(make, workers, enumerate(moved)))
         obs = self._generated_obs(labels, n_samples, artifact=False)
         if self._cell_type_key is not None:
             obs[self._cell_type_key] = pd.Categorical(np.concatenate(cell_types))
@@ -105,12 +112,6 @@ class MovedCellsMixin(PerturbationLoopMixin):
         if self.module.reconstruction == "mse" and output != "mean":
             msg = f"An autoencoder with reconstruction='mse' predicts means alone; received output={output!r}: pass output='mean'."
             raise NotImplementedError(msg)
-
-    def _decode(self, z: np.ndarray, output: str, generator: torch.Generator, batch_size: int | None) -> np.ndarray:
-        kind = "mean" if output == "mean" else "sample"
-        tensor = torch.as_tensor(z, dtype=torch.float32, device=self.module.device)
-        parts = [self.module.reconstruct(part, kind, generator) for part in tensor.split(batch_size or 512)]
-        return torch.cat(parts).cpu().numpy()
 
     def _moves(self) -> dict[str, Any]:
         """Return what moves latents, kept with the model: at most 10,000 controls, and the shift of every category.
@@ -275,5 +276,15 @@ class MovedCellsMixin(PerturbationLoopMixin):
                     raise ValueError(msg)
                 for treatment in treatments:
                     z[i] += shifts[treatment, cell_type]
-        x = self._decode(z, output, make_generator(seed, self.module.device), batch_size)
+        x = decode(self.module, z, output, make_generator(seed, self.module.device), batch_size)
         return self._values(x, self._counterfactual_obs(data, positions, targets, artifact=False))
+
+
+def decode(
+    module: Any, z: np.ndarray, output: str, generator: torch.Generator | None = None, batch_size: int | None = None
+) -> np.ndarray:
+    """Return expression of latent states, expected for ``output="mean"``, else drawn, shape ``(n_cells, n_genes)``."""
+    kind = "mean" if output == "mean" else "sample"
+    tensor = torch.as_tensor(z, dtype=torch.float32, device=module.device)
+    parts = [module.reconstruct(part, kind, generator) for part in tensor.split(batch_size or 512)]
+    return torch.cat(parts).cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,9 @@ from anndata import AnnData
 
 from scvi_cradle._constants import COLUMNS, CONTROL_UNS_KEY
 from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle.model._devices import Devices, check_devices, copies_on, spread
 from scvi_cradle.model._draws import make_generator
-from scvi_cradle.model._moved_cells import MovedCellsMixin
+from scvi_cradle.model._moved_cells import MovedCellsMixin, decode
 
 
 class MovedEffectsMixin(MovedCellsMixin):
@@ -30,6 +31,7 @@ class MovedEffectsMixin(MovedCellsMixin):
         share_basal: bool = True,
         expectation: Literal["auto", "exact", "sample"] = "auto",
         seed: int | None = None,
+        devices: Devices = None,
     ) -> AnnData:
         """Return the average effect of perturbations on expected expression, on the scale of the data.
 
@@ -46,6 +48,8 @@ class MovedEffectsMixin(MovedCellsMixin):
             are compared.
         seed
             Seed of the draws.
+        devices
+            Devices to share the work, each with a copy of the module. Default: the model's device.
 
         Returns
         -------
@@ -72,15 +76,17 @@ class MovedEffectsMixin(MovedCellsMixin):
             msg = f"Effects are those of perturbations with training cells; received a model that was trained on {control!r} alone: name perturbations."
             raise ValueError(msg)
         check_positive("n_particles", n_particles, integer=True)
-        generator = make_generator(seed, self.module.device)
-        rng = np.random.default_rng(generator.initial_seed())
+        workers = copies_on(self.module, check_devices(devices))
+        rng = np.random.default_rng(make_generator(seed, self.module.device).initial_seed())
         draws = rng.random(n_particles)
-        means, stds = [], []
-        for label in labels:
-            moved, _, start = self._moved(label, draws, "shift", None, rng)
-            difference = self._decode(moved, "mean", generator, None) - self._decode(start, "mean", generator, None)
-            means.append(difference.mean(0))
-            stds.append(difference.std(0))
+
+        def compare(module: Any, states: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+            moved, _, start = states
+            difference = decode(module, moved, "mean") - decode(module, start, "mean")
+            return difference.mean(0), difference.std(0)
+
+        states = (self._moved(label, draws, "shift", None, rng) for label in labels)
+        means, stds = zip(*spread(compare, workers, states), strict=True)
         index = pd.Index(labels, dtype=str)
         obs = pd.DataFrame({COLUMNS.PERTURBATION: pd.Categorical(labels)}, index=index)
         effects = AnnData(np.stack(means), obs=obs, var=pd.DataFrame(index=self._genes), uns={CONTROL_UNS_KEY: control})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,9 +26,10 @@ from scvi_cradle.data import (
 from scvi_cradle.dataloaders import ScreenDataModule
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
-from scvi_cradle.train import PerturbationTrainingPlan, StepsRunner
+from scvi_cradle.model._run_arguments import check_no_split, check_seed, resolve_epochs
+from scvi_cradle.train import PerturbationTrainingPlan, RunState, StepsRunner, n_processes
 
-MIN_EPOCHS, N_VALIDATIONS = 5, 100
+N_VALIDATIONS = 100
 PLAN_ARGUMENTS = (
     *("lr", "weight_decay", "lr_schedule", "effect_lr_scale"),
     *("n_epochs_kl_warmup", "n_epochs_align_warmup"),
@@ -57,6 +60,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         load_on_device: bool | Literal["auto"] = "auto",
         datamodule: ScreenDataModule | None = None,
         steps_per_call: int = 1,
+        checkpoint_dir: str | Path | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -76,7 +80,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             Column of ``obs`` with ``"train"``, ``"val"``, ``"test"`` or ``"unused"`` for every cell
             (see :func:`scvi_cradle.pp.split_perturbations`). Default: a random split of 90 % and 10 %.
         batch_size
-            Cells per step. Default 128 (512 for the papers' presets; PerturbedVAE: 64; QuantileHurdleAE: 256).
+            Cells per step and process (see ``strategy``). Default 128 (512 for the papers' presets; PerturbedVAE: 64; QuantileHurdleAE: 256).
         lr
             Learning rate of Adam. Default 3e-3, after a warm-up of 30 steps along a cosine to 0 and 5 times higher for
             the treatment posteriors (3e-4 constant for the papers' presets). PerturbedVAE: 1e-3 along the same schedule,
@@ -89,7 +93,9 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         train_size, validation_size, shuffle_set_split
             The random split, as in scvi-tools.
         early_stopping
-            Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed.
+            Stop when the validation ELBO no longer improves. Off by default: the budget of steps is fixed. scvi-tools
+            switches it off, with a warning, where several processes train: pass lightning's ``EarlyStopping`` among
+            ``callbacks`` there.
         load_on_device
             Whether to keep the counts on the device of training, as CSR (8 bytes per non-zero value), and to make them dense
             there batch by batch; the batches are the same. ``"auto"``: on a CUDA device, if they take at most half of its
@@ -103,6 +109,10 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             some of the trainer's own time and pays where a step takes a few milliseconds: small screens, GPUs. Callbacks
             of batches are then called once per call. Not with several devices, ``accumulate_grad_batches``,
             ``val_check_interval``, or ``reduce_lr_on_plateau`` or ``on_step`` in ``plan_kwargs``.
+        checkpoint_dir
+            Folder in which the state of the run is kept after every epoch (``last.ckpt``). Called again with the same
+            arguments, data and ``scvi.settings.seed``, the run goes on from there, and on one CPU ends with the same
+            bits as if it had not been interrupted. Default: nothing is kept.
         plan_kwargs
             Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
         datasplitter_kwargs
@@ -110,6 +120,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         **kwargs
             Further arguments of scvi-tools' ``train`` and of :class:`scvi.train.Trainer` (``accelerator``,
             ``devices``, ``callbacks``, ``logger``, ``enable_progress_bar``, ``check_val_every_n_epoch``, ...).
+            ``strategy="ddp"`` with ``devices=2`` trains in two processes (see the user guide, :doc:`/user_guide/multi_device`).
 
         Raises
         ------
@@ -117,7 +128,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             If there is no column ``split_key``.
         ValueError
             If the split is not one, or leaves no control cell for training; for ``load_on_device=True`` with a model that
-            loads cells in its own way; for several steps per call where the trainer must see each.
+            loads cells in its own way; for several steps per call where the trainer must see each; for several processes or a ``checkpoint_dir`` with a random split that has no
+            seed; for a ``checkpoint_dir`` with another run.
         """
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
@@ -134,10 +146,16 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self._validate_anndata(None)
         settings_ = dict(self._training_settings)
         batch_size = batch_size or settings_["batch_size"]
+        external, processes = (datasplitter_kwargs or {}).get("external_indexing"), n_processes(kwargs)
+        is_random = split_key is None and external is None and shuffle_set_split
+        if datamodule is not None:
+            is_random = datamodule.has_random_split
+        if is_random and (processes > 1 or checkpoint_dir is not None):
+            check_seed()
         split = split_indices(
             self.adata_manager,
             split_key,
-            external_indexing=(datasplitter_kwargs or {}).get("external_indexing"),
+            external_indexing=external,
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
@@ -147,7 +165,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
         n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
         self._learn_from_training_cells(split[0])
-        steps_per_epoch = math.ceil(n_cells / batch_size)
+        steps_per_epoch = math.ceil(math.ceil(n_cells / processes) / batch_size)
         if max_epochs is None and max_steps is None:
             max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
         max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, n_cells)
@@ -158,10 +176,14 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             trainer["max_steps"] = max_steps
         if datamodule is not None:
             trainer["simple_progress_bar"] = False  # epochs are long: a bar over their batches
-        if n_validation and not early_stopping and not kwargs.get("enable_checkpointing"):
+        if n_validation and (not early_stopping or processes > 1) and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
             kwargs = self._stopping_arguments(max_epochs) | kwargs
+        run = RunState(
+            self._run_identity(split, plan, max_epochs, max_steps, batch_size, objective, processes), checkpoint_dir
+        )
+        kwargs = {"ckpt_path": run.resume_from()} | kwargs | {"callbacks": [*kwargs.get("callbacks", ()), run]}
         self.module.objective = objective
         self.module.train()
         try:
@@ -176,10 +198,24 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         finally:
             self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
         split_key = split_key if datamodule is None else datamodule.split_key
+        if self.train_indices_ is None:  # the processes were started from this one, which has loaded no cells
+            self.train_indices, self.validation_indices, self.test_indices = split
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
+
+    def _run_identity(self, split: list[np.ndarray], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        """Return what must be the same where a run is taken up again."""
+        cells = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
+        plain = {k: v for k, v in plan.items() if isinstance(v, str | int | float | tuple | None)}
+        return {
+            "model": type(self).__name__,
+            "cells": cells_hash(self.adata),
+            "split": cells.hexdigest(),
+            "settings": repr((self._architecture, plain, self.is_trained_, arguments)),
+            "seed": settings.seed,
+        }
 
     def _batch_cells(self, cells: np.ndarray) -> np.ndarray:
         """Return the positions, among those of a part of the split, of cells that batches are made of."""
@@ -282,34 +318,3 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         self.diagnostics_ = self.get_diagnostics()
         for message in self._diagnostic_warnings(self.diagnostics_):
             warn(message)
-
-
-def check_no_split(
-    split_key: str | None,
-    train_size: float | None,
-    validation_size: float | None,
-    datasplitter_kwargs: dict[str, Any] | None,
-) -> None:
-    """Raise ``ValueError`` for a split that is given beside a screen."""
-    given = {
-        "split_key": split_key,
-        "train_size": train_size,
-        "validation_size": validation_size,
-        "datasplitter_kwargs": datasplitter_kwargs,
-    }
-    for name, value in given.items():
-        if value is not None:
-            msg = f"A screen brings its own split; received `{name}={value!r}` beside `datamodule`: give it to the screen."
-            raise ValueError(msg)
-
-
-def resolve_epochs(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int, n_obs: int) -> int:
-    """Return the number of epochs of a run."""
-    if max_steps is not None:
-        return math.ceil(max_steps / steps_per_epoch)
-    if max_epochs is not None:
-        return max_epochs
-    # Measured: 1,200 at 3,000 and 2,000 at 15,000 cells; more treatments need no more steps, but more dimensions.
-    steps = 1_200 * (n_obs / 3_000) ** (1 / 3)
-    heuristic = max(1, min(round(400 * 20_000 / n_obs), 400))  # of scvi-tools
-    return min(max(math.ceil(steps / steps_per_epoch), MIN_EPOCHS), heuristic)

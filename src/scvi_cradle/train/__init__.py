@@ -10,6 +10,7 @@ from scvi_cradle.train._plan import (
     PairedTrainingPlan,
     PerturbationTrainingPlan,
 )
+from scvi_cradle.train._run_state import RunState, n_processes
 from scvi_cradle.train._runner import StepsRunner
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "PairedTrainingPlan",
     "PerturbationTrainingPlan",
     "StepsRunner",
+    "RunState",
     "fit_classifiers",
     "fit_discriminants",
+    "n_processes",
     "score",
 ]

@@ -178,7 +178,12 @@ class PerturbationTrainingPlan(TrainingPlan):
         if mode == "validation" and self.n_obs_training and self.n_obs_validation:
             loss_output.kl_global_sum = loss_output.kl_global_sum * (self.n_obs_validation / self.n_obs_training)
         if self._is_told_at_once:
+            extra, loss_output.extra_metrics = loss_output.extra_metrics, {}
             super().compute_and_log_metrics(loss_output, metrics, mode)
+            # several processes cannot add these up where scvi-tools logs them, in inference mode
+            extra = {f"{name}_{mode}": value.detach() for name, value in extra.items()}
+            options = {"on_step": self.on_step, "on_epoch": self.on_epoch, "sync_dist": self.use_sync_dist}
+            self.log_dict(extra, batch_size=n_cells, **options)
             return
         sums = self.sums.setdefault(mode, {})
         with torch.inference_mode():

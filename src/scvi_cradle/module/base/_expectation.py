@@ -13,6 +13,7 @@ a smooth integrand that decays on both sides, so that the trapezoid rule converg
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import numpy as np
 import torch
@@ -104,10 +105,23 @@ class LogNormalizedExpectation:
             genes = np.repeat(fine, len(log_theta), 0) if poisson else CubicSpline(theta_nodes, fine)(log_theta)
             per_library.append(torch.as_tensor(genes, dtype=torch.float32))
         self.table = torch.stack(per_library).to(theta.device)  # (n_libraries, n_genes, n_mu)
-        flat = self.table.flatten()
-        self._below, self._above = flat, flat[1:]
         self._gene = torch.arange(len(log_theta), dtype=torch.int32, device=theta.device) * n_mu
         self._log_library = torch.as_tensor(np.log(self.libraries), dtype=torch.float32, device=theta.device)
+        self._set_ends()
+
+    def _set_ends(self) -> None:
+        flat = self.table.flatten()
+        self._below, self._above = flat, flat[1:]
+
+    def to(self, device: torch.device) -> LogNormalizedExpectation:
+        """Return the table on a device."""
+        if self.table.device == device:
+            return self
+        moved = copy(self)
+        for name in ("theta", "table", "_gene", "_log_library"):
+            setattr(moved, name, getattr(self, name).to(device))
+        moved._set_ends()
+        return moved
 
     def is_of(self, theta: Tensor, libraries: np.ndarray, floor: float) -> bool:
         """Return whether the table was made of just these values."""
