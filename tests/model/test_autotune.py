@@ -48,7 +48,7 @@ def test_the_best_of_a_search_is_what_training_gives(ray, tmp_path):
         num_samples=1,
         searcher="random",
         scheduler="fifo",
-        seed=0,
+        seed=1,  # 0 would be taken for no seed
         resources={"cpu": 1},
         logging_dir=str(tmp_path),
         ignore_reinit_error=True,
@@ -60,7 +60,7 @@ def test_the_best_of_a_search_is_what_training_gives(ray, tmp_path):
     assert best.config["train_params"]["lr"] == 5e-3
     assert best.metrics["elbo_validation"] < table.loc[1e-8, "elbo_validation"]
 
-    scvi.settings.seed = 0
+    scvi.settings.seed = 1
     model = CradleVAE(adata, **best.config["model_params"])
     model.train(**best.config["train_params"], enable_progress_bar=False)
-    np.testing.assert_allclose(best.metrics["elbo_validation"], model.history["elbo_validation"].iloc[-1, 0], rtol=1e-4)
+    np.testing.assert_allclose(best.metrics["elbo_validation"], model.history["elbo_validation"].iloc[-1, 0], rtol=1e-5)
