@@ -87,7 +87,7 @@ def test_two_processes_take_the_step_of_one(one_process, results):
     check_step(one_process, results, one_process.MODELS[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_take_the_step_of_one_for_all_models(one_process, tmp_path):
     folder = launch(tmp_path, len(one_process.MODELS))
     for case in one_process.MODELS:

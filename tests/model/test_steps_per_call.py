@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import scanpy as sc
@@ -194,8 +192,7 @@ def test_what_cannot_be_is_refused(fit, options, name):
         fit(**({"steps_per_call": 3} | options))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("SCVI_CRADLE_COMPILE" not in os.environ, reason="takes two minutes: set SCVI_CRADLE_COMPILE=1")
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
