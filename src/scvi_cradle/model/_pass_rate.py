@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
@@ -77,7 +76,7 @@ class PassRateMixin(QualityMixin):
             table = metrics.qc_pass_rate(generated, generated, thresholds=record)
             table = table[[c for c in table if not str(c).startswith(("real", "n_real"))]]
         else:
-            real = self._real_cells(self.adata, np.asarray(self.train_indices_))
+            real = self._training_cells()
             table = metrics.qc_pass_rate(real, generated, thresholds=record, artifact_key=COLUMNS.ARTIFACT)
         table.attrs["diagnostics"] = self.diagnostics_
         return table

@@ -15,7 +15,7 @@ from mudata import MuData
 from scvi_cradle import metrics
 from scvi_cradle._constants import COLUMNS, KEYS, QC_UNS_KEY
 from scvi_cradle._matrix import log_normalize, to_csr
-from scvi_cradle.data import label_table
+from scvi_cradle.data import label_table, stored_matrix
 from scvi_cradle.model._base import check_indices
 from scvi_cradle.model._draws import as_module_input, covariate_tensors, draw_libraries, make_generator
 from scvi_cradle.model._generation import GenerationMixin, decode_prior
@@ -23,6 +23,7 @@ from scvi_cradle.model._inference import InferenceMixin
 from scvi_cradle.module.base import Pairs
 
 MAX_CELLS = 1_500
+MAX_READ = 200_000  # of cells on disk
 MIN_CELLS = 40
 BLOCK_OF_CELLS, BLOCK_OF_GENES = 100, 1_000
 NO_AXIS = 1e-10  # share of the sum of squares: variance below it is rounding
@@ -168,7 +169,8 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         Parameters
         ----------
         adata, indices
-            Real cells; default: the test cells of the model's split, else its validation cells.
+            Real cells; default: the test cells of the model's split, else its validation cells. Of more than 200,000 own
+            cells on disk as many of every label as there is room for are read, here and for the baseline.
         n_samples
             Generated cells per label (and controls).
         library_size
@@ -195,11 +197,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         data = self._validate_anndata(adata)
         positions = self._held_out() if adata is None and indices is None else check_indices(indices, data)
         real = self._with_controls(self._real_cells(data, positions, passed_only=passed_only), passed_only=passed_only)
-        train = (
-            self._real_cells(self.adata, np.asarray(self.train_indices_), passed_only=passed_only)
-            if self._has_training_data()
-            else None
-        )
+        train = self._training_cells(passed_only=passed_only) if self._has_training_data() else None
         control = self._rule.control_name
         labels = [x for x in sorted(set(real.obs[COLUMNS.PERTURBATION])) if x != control]
         predicted = self.get_generated_expression(
@@ -219,10 +217,22 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         table.attrs["diagnostics"] = self.diagnostics_
         return table
 
+    def _training_cells(self, *, passed_only: bool = False) -> AnnData:
+        return self._real_cells(self.adata, self._some_of(np.asarray(self.train_indices_)), passed_only=passed_only)
+
+    def _some_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return positions of own cells: all, or of cells on disk up to 200,000, as many of every label as there is room for."""
+        if len(positions) <= MAX_READ or stored_matrix(self.adata_manager) is None:
+            return positions
+        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel()[positions]
+        mixed = np.random.default_rng(0).permutation(len(positions))
+        number = pd.Series(codes[mixed]).groupby(codes[mixed]).cumcount().to_numpy()  # of a cell in its label
+        return np.sort(positions[mixed[number < MAX_READ // len(np.unique(codes))]])
+
     def _held_out(self) -> np.ndarray:
         for held_out in (self.test_indices_, self.validation_indices_):
             if held_out is not None and len(held_out) and self._has_training_data():
-                return np.asarray(held_out)
+                return self._some_of(np.asarray(held_out))
         msg = "There are no held-out cells; train with `split_key` or `train_size`, or pass `adata` or `indices`."
         raise ValueError(msg)
 
@@ -237,7 +247,7 @@ class QualityMixin(GenerationMixin, InferenceMixin):
         for source in (self.validation_indices_, self.train_indices_):
             if source is None or not len(source):
                 continue
-            cells = self._real_cells(self.adata, np.asarray(source), passed_only=passed_only)
+            cells = self._real_cells(self.adata, self._some_of(np.asarray(source)), passed_only=passed_only)
             controls = cells[(cells.obs[COLUMNS.PERTURBATION] == control).to_numpy()]
             if controls.n_obs:
                 return concat([real, controls], uns_merge="first")

@@ -80,6 +80,6 @@ def fit_shrinkage(model: Any) -> MultivariateShrinkage:
     if not model._has_training_data():
         msg = f"`stack` needs the training cells; received a {type(model).__name__} without its own data: load it with them."
         raise ValueError(msg)
-    cells = model._real_cells(model.adata, np.asarray(model.train_indices_), passed_only=True)
+    cells = model._training_cells(passed_only=True)
     rule = model._rule
     return MultivariateShrinkage().fit(cells, COLUMNS.PERTURBATION, control=rule.control_name, sep=rule.sep)
