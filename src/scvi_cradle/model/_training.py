@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from typing import Any, Literal
@@ -21,11 +22,12 @@ from scvi_cradle.data import (
     split_indices,
     training_statistics,
 )
-from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.dataloaders import LabelledDataModule, ScreenDataModule
 from scvi_cradle.model._base import cells_hash, warn
 from scvi_cradle.model._quality import QualityMixin
 from scvi_cradle.train import PerturbationTrainingPlan
 
+LOGGER = logging.getLogger("scvi_cradle")
 MIN_EPOCHS, N_VALIDATIONS = 5, 100
 PLAN_ARGUMENTS = (
     *("lr", "weight_decay", "lr_schedule", "effect_lr_scale"),
@@ -54,7 +56,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
         load_on_device: bool | Literal["auto"] = "auto",
-        datamodule: ScreenDataModule | None = None,
+        datamodule: ScreenDataModule | LabelledDataModule | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datasplitter_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -95,7 +97,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             do PerturbedVAE and QuantileHurdleAE, for which True is an error.
         datamodule
             A screen on disk, for a model that was built from its registry. It brings the split and the batch size, and its
-            cells are the model's own from then on.
+            cells are the model's own from then on. A ``LabelledDataModule`` also brings loaders; its cells only come by: the
+            model has no cells afterwards, and no diagnostics.
         plan_kwargs
             Further arguments of :class:`scvi_cradle.train.PerturbationTrainingPlan`.
         datasplitter_kwargs
@@ -116,30 +119,46 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             if value is not None:
                 check_positive(name, value, integer=True)
         self._check_objective(objective)
-        reading: dict[str, Any] = {}
-        if datamodule is not None:
-            check_no_split(split_key, train_size, validation_size, datasplitter_kwargs)
-            self._attach(datamodule)
-            batch_size = batch_size or datamodule.batch_size
-            datasplitter_kwargs = {"external_indexing": datamodule.split}
-            reading = {"reading": datamodule.reading}
-        self._validate_anndata(None)
         settings_ = dict(self._training_settings)
-        batch_size = batch_size or settings_["batch_size"]
-        split = split_indices(
-            self.adata_manager,
-            split_key,
-            external_indexing=(datasplitter_kwargs or {}).get("external_indexing"),
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-        )
-        self._check_training_controls(split[0])
-        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
-        n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
-        self._learn_from_training_cells(split[0])
-        steps_per_epoch = math.ceil(n_cells / batch_size)
+        if isinstance(datamodule, LabelledDataModule):
+            self._check_labelled(
+                datamodule,
+                split_key=split_key,
+                batch_size=batch_size,
+                train_size=train_size,
+                validation_size=validation_size,
+                load_on_device=load_on_device,
+                datasplitter_kwargs=datasplitter_kwargs,
+            )
+            n_cells, n_validation, steps_per_epoch = datamodule.n_train, datamodule.n_val, datamodule.n_batches
+            self._learn_from_training_cells(np.arange(n_cells), source=datamodule)
+            source: dict[str, Any] = {"datamodule": datamodule}
+        else:
+            reading: dict[str, Any] = {}
+            if datamodule is not None:
+                check_no_split(split_key, train_size, validation_size, datasplitter_kwargs)
+                self._attach(datamodule)
+                batch_size = batch_size or datamodule.batch_size
+                datasplitter_kwargs = {"external_indexing": datamodule.split}
+                reading = {"reading": datamodule.reading}
+            self._validate_anndata(None)
+            batch_size = batch_size or settings_["batch_size"]
+            split = split_indices(
+                self.adata_manager,
+                split_key,
+                external_indexing=(datasplitter_kwargs or {}).get("external_indexing"),
+                train_size=train_size,
+                validation_size=validation_size,
+                shuffle_set_split=shuffle_set_split,
+                batch_size=batch_size,
+            )
+            self._check_training_controls(split[0])
+            splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
+            n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
+            self._learn_from_training_cells(split[0])
+            steps_per_epoch = math.ceil(n_cells / batch_size)
+            given = (datasplitter_kwargs or {}) | {"external_indexing": split} | splitter
+            source = {"batch_size": batch_size, "datasplitter_kwargs": given}
         if max_epochs is None and max_steps is None:
             max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
         max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, n_cells)
@@ -159,14 +178,16 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         try:
             super().train(
                 max_epochs=max_epochs,
-                batch_size=batch_size,
                 early_stopping=early_stopping,
                 plan_kwargs=plan | (plan_kwargs or {}),
-                datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split} | splitter,
-                **(trainer | kwargs),
+                **(source | trainer | kwargs),
             )
         finally:
             self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
+        if isinstance(datamodule, LabelledDataModule):
+            self.train_cells_ = self.diagnostics_ = None
+            LOGGER.info("No diagnostics: they look cells up, and those of a LabelledDataModule only come by.")
+            return
         split_key = split_key if datamodule is None else datamodule.split_key
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
@@ -208,13 +229,13 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             )
             raise ValueError(msg)
 
-    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
+    def _learn_from_training_cells(self, train_indices: np.ndarray, source: LabelledDataModule | None = None) -> None:
         """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
         table = self._table
         members = table.padded_members()
         is_counts = holds_counts(self._state(REGISTRY_KEYS.X_KEY))
         statistics = training_statistics(
-            self.adata_manager,
+            self.adata_manager if source is None else source.manager,
             train_indices,
             members=members,
             n_treatments=len(table.treatments),
@@ -223,6 +244,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             sources=self._sources(),
             keep_pools=self.module.has_artifact and self.module.references.resample,
             check=partial(check_values, counts=is_counts, non_negative=self._non_negative),
+            collected=None if source is None else source.collected,
             seed=settings.seed or 0,
         )
         self._set_statistics(statistics, len(train_indices))
