@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata as ad
@@ -299,7 +304,9 @@ def test_a_model_is_saved_loaded_and_trained_on_without_data(trained, tmp_path):
         loaded.get_counterfactual_reference().X.toarray(), model.get_counterfactual_reference().X.toarray()
     )
     loaded.train(max_epochs=1, datamodule=labelled, enable_progress_bar=False)
-    other = LabelledDataModule(FakeExperiment(cells()[:, :].copy(), None), artifact_key=FLAG, genes=list("abcdefghijkl"))
+    other = LabelledDataModule(
+        FakeExperiment(cells()[:, :].copy(), None), artifact_key=FLAG, genes=list("abcdefghijkl")
+    )
     with pytest.raises(ValueError, match="genes, labels, categories and flags that the model was built for"):
         loaded.train(max_epochs=1, datamodule=other)
 
@@ -331,7 +338,9 @@ def test_arguments_that_cannot_be_are_refused(fake, settings, message):
 
 
 def test_datamodules_that_cannot_be_used_are_refused():
-    with pytest.raises(TypeError, match="`TileDBDataModule` or `MappedCollectionDataModule` of scvi-tools; received Fake"):
+    with pytest.raises(
+        TypeError, match="`TileDBDataModule` or `MappedCollectionDataModule` of scvi-tools; received Fake"
+    ):
         LabelledDataModule(Fake(cells()))
     unlabelled = FakeCollection(cells())
     unlabelled._label_key = None
@@ -372,6 +381,7 @@ def test_models_and_arguments_of_training_that_cannot_be_are_refused(trained):
     model, labelled = trained
     plain = LabelledDataModule(FakeCollection(cells()))
     memory = in_memory(cells(), np.arange(200))
+    memory.X = memory.X.log1p()
     QuantileHurdleAE.setup_anndata(memory, perturbation_key=LABEL)
     for other in (PerturbedVAE(registry=plain.registry, likelihood="nb"), QuantileHurdleAE(memory)):
         with pytest.raises(ValueError, match=f"{type(other).__name__} looks cells up while .*ScreenDataModule"):
@@ -382,6 +392,100 @@ def test_models_and_arguments_of_training_that_cannot_be_are_refused(trained):
             model.train(max_epochs=1, datamodule=labelled, **argument)
     with pytest.raises(ValueError, match="CradleVAE needs `artifact_key`"):
         CradleVAE(registry=plain.registry)
+    memory = in_memory(cells(), np.arange(200))
     CradleVAE.setup_anndata(memory, artifact_key=FLAG, **SETUP)
     with pytest.raises(ValueError, match="received one for a model with data of its own"):
         CradleVAE(memory, **TINY).train(max_epochs=1, datamodule=labelled)
+
+
+# ---- the data modules themselves ------------------------------------------------------------------------------------
+
+
+def assert_trains_as_in_memory(module, memory, genes):
+    """Train on a data module whose cells come in the order of ``memory``; compare what is learnt outside training."""
+    labelled = LabelledDataModule(module, artifact_key=FLAG, genes=genes)
+    model = CradleVAE(registry=labelled.registry, **TINY)
+    model.train(max_epochs=2, datamodule=labelled, enable_progress_bar=False)
+    CradleVAE.setup_anndata(memory, artifact_key=FLAG, **SETUP)
+    other = CradleVAE(memory, **TINY)
+    other._learn_from_training_cells(np.arange(memory.n_obs))
+    for (name, ours), (_, theirs) in zip(model.module.named_buffers(), other.module.named_buffers(), strict=True):
+        if "running" not in name and "prior" not in name:
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
+    np.testing.assert_allclose(
+        model.get_latent_representation(dataloader=labelled.train_dataloader()),
+        model.get_latent_representation(memory),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    return model, labelled
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the other packages
+@pytest.mark.parametrize("train_size", [1.0, 0.8])
+def test_a_soma_experiment_trains_a_model(tmp_path, train_size):
+    soma = pytest.importorskip("tiledbsoma", reason="pip install tiledbsoma tiledbsoma-ml")
+    pytest.importorskip("tiledbsoma_ml", reason="pip install tiledbsoma-ml")
+    io = pytest.importorskip("tiledbsoma.io")
+    adata = in_memory(cells(), np.arange(200))  # flags are True and False
+    io.from_anndata(str(tmp_path / "screen"), adata.copy(), measurement_name="RNA")
+    with soma.Experiment.open(str(tmp_path / "screen")) as experiment:
+        query = experiment.axis_query(measurement_name="RNA")
+        module = scvi.dataloaders.TileDBDataModule(
+            query,
+            layer_name="data",
+            shuffle=train_size < 1,
+            batch_size=BATCH_SIZE,
+            batch_column_names=["lane"],
+            label_keys=[LABEL],
+            categorical_covariate_keys=[FLAG, "donor"],
+            continuous_covariate_keys=["depth"],
+            train_size=train_size,
+        )
+        if train_size == 1:
+            assert_trains_as_in_memory(module, adata, adata.var_names)
+            return
+        labelled = LabelledDataModule(module, artifact_key=FLAG)
+        assert (labelled.n_train, labelled.n_val) == (160, 40)
+        rows = {tuple(row) for row in adata.X.toarray()}
+        for _ in range(2):
+            loaders = (labelled.train_dataloader(), labelled.val_dataloader())
+            found = [tuple(row) for loader in loaders for batch in loader for row in batch["X"].numpy()]
+            assert len(found) == 200
+            assert set(found) == rows
+        model = CradleVAE(registry=labelled.registry, **TINY)
+        model.train(max_epochs=1, datamodule=labelled, enable_progress_bar=False)
+        assert np.isfinite(model.history["elbo_validation"].to_numpy(dtype=float)).all()
+        assert model._genes == [str(i) for i in range(N_GENES)]  # join ids, unless `genes` are given
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_collection_of_lamindb_trains_a_model(tmp_path, monkeypatch):
+    if find_spec("lamindb") is None:
+        pytest.skip("pip install lamindb")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    lamin = Path(sys.executable).with_name("lamin")
+    subprocess.run([lamin, "init", "--storage", tmp_path / "store"], check=True)  # before it is imported
+    ln = import_module("lamindb")
+    screens = [cells(), cells(60, seed=1)]
+    artifacts = [ln.Artifact.from_anndata(s, key=f"{i}.h5ad").save() for i, s in enumerate(screens)]
+    collections = [ln.Collection([a], key=f"screen {i}").save() for i, a in enumerate(artifacts)]
+    module = scvi.dataloaders.MappedCollectionDataModule(
+        collections[0],
+        collection_val=collections[1],
+        label_key=LABEL,
+        batch_key="lane",
+        categorical_covariate_keys=[FLAG, "donor"],
+        continuous_covariate_keys=["depth"],
+        encode_labels=[LABEL, "lane", FLAG, "donor"],
+        batch_size=BATCH_SIZE,
+        shuffle=False,
+        parallel=False,
+    )
+    model, labelled = assert_trains_as_in_memory(module, in_memory(screens[0], np.arange(200)), None)
+    assert labelled.n_val == 60
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(dtype=float)).all()
+    module.close()

@@ -183,7 +183,7 @@ def test_screens_that_a_model_cannot_use_are_refused(path, shared_screen):
     model = CradleVAE(registry=flagged.registry, n_latent=3, n_hidden=8)
     with pytest.raises(ValueError, match="A screen brings its own split; received `split_key='split'`"):
         model.train(max_epochs=1, datamodule=flagged, split_key="split")
-    with pytest.raises(TypeError, match="must be a `scvi_cradle.dataloaders.ScreenDataModule`; received list"):
+    with pytest.raises(TypeError, match="must be a `ScreenDataModule` or `LabelledDataModule` of .*; received list"):
         model.train(max_epochs=1, datamodule=[])
     with pytest.raises(ValueError, match="built from a registry, without"):
         model.train(max_epochs=1)

@@ -22,6 +22,10 @@ from scvi_cradle.dataloaders._encodings import Encoding, flag_names, read_encodi
 from scvi_cradle.dataloaders._screen import SETUP_METHOD
 
 CONTINUOUS = REGISTRY_KEYS.CONT_COVS_KEY
+NOT_TAKEN = (
+    *("perturbation_obsm_key", "layer", "artifact_keys"),
+    *("guide_counts_key", "guide_targets", "cell_type_key"),
+)
 Batch = dict[str, Tensor]
 
 
@@ -81,8 +85,8 @@ class LabelledDataModule(LightningDataModule):
         genes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.datamodule: Any = datamodule
         encodings = read_encodings(datamodule, artifact_key)
+        self.datamodule: Any = datamodule
         self._columns = {
             KEYS.PERTURBATION: (encodings.label,),
             REGISTRY_KEYS.BATCH_KEY: (encodings.batch,),
@@ -90,23 +94,17 @@ class LabelledDataModule(LightningDataModule):
             KEYS.ARTIFACT: (encodings.artifact,) if encodings.artifact is not None else (),
         }
         self._columns = {key: columns for key, columns in self._columns.items() if columns}
-        self._continuous = list(self.datamodule._continuous_covariate_keys or [])
+        self._continuous: list[str] = list(getattr(datamodule, "_continuous_covariate_keys", None) or [])
         self._genes = _gene_names(self.datamodule, genes)
         datamodule.prepare_data()
         datamodule.setup("fit")
         self.collected = CollectedCells(len(self._genes))
         codes, continuous = self._collect(encodings.artifact)
-        arguments = {
+        arguments = dict.fromkeys(NOT_TAKEN) | {
             "perturbation_key": encodings.label.key,
-            "perturbation_obsm_key": None,
             "control": control,
             "sep": sep,
-            "layer": None,
             "artifact_key": artifact_key,
-            "artifact_keys": None,
-            "guide_counts_key": None,
-            "guide_targets": None,
-            "cell_type_key": None,
             "batch_key": encodings.batch.key,
             "categorical_covariate_keys": [column.key for column in encodings.covariates] or None,
             "continuous_covariate_keys": self._continuous or None,
@@ -152,7 +150,7 @@ class LabelledDataModule(LightningDataModule):
         columns = [column for group in self._columns.values() for column in group]
         parts: dict[Encoding, list[np.ndarray]] = {column: [] for column in columns}
         continuous = []
-        failing = None if artifact is None else flag_names(artifact.names) == True  # noqa: E712 - of objects
+        failing = np.zeros(0) if artifact is None else flag_names(artifact.names) == True  # noqa: E712 - of objects
         loader = self.datamodule.train_dataloader()
         self.n_batches = 0
         for raw in tqdm(loader, desc="cells of the datamodule", disable=settings.verbosity > 20):
@@ -165,7 +163,7 @@ class LabelledDataModule(LightningDataModule):
                     raise ValueError(msg)
             if self._continuous:
                 continuous.append(batch[CONTINUOUS].numpy().reshape(len(x), -1))
-            failed = np.zeros(len(x), dtype=bool) if failing is None else failing[parts[artifact][-1]]
+            failed = np.zeros(len(x), dtype=bool) if artifact is None else failing[parts[artifact][-1]]
             self.collected.add(to_csr(x), failed)
             self.n_batches += 1
         if not self.n_batches:

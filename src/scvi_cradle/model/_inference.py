@@ -58,7 +58,9 @@ class InferenceMixin(LabelledModel):
             For an unknown component.
         """
         parts = []
-        for _, latent in self._latent_batches(adata, indices, batch_size, dataloader, n_samples=1, sample=not give_mean):
+        for _, latent in self._latent_batches(
+            adata, indices, batch_size, dataloader, n_samples=1, sample=not give_mean
+        ):
             values = self.module.components(latent)
             name = next(iter(values)) if component is None else component
             check_one_of("component", name, (*values, "full"))
