@@ -1,6 +1,6 @@
 """Speed and memory of training steps and treatment effects, as ratios within one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed.py [--quick] [--json] [--only step memory effects data scaling]
+    OMP_NUM_THREADS=1 python benchmarks/speed.py [--quick] [--json] [--only step memory effects data trainer scaling]
 
 Sides: (a) the published computation (dense, expanded to particles, counts of both branches decoded, sampled and scored, E, M, U
 drawn again in the counterfactual pass); (a') the same objective without that waste; (b) SCVI at the same widths; (c) the
@@ -46,9 +46,9 @@ from torch import nn
 BEST = "medium"  # on the CPU: products of oneDNN instead of MKL
 KEYS = (
     *("step_S", "step_L", "step_S_best", "step_L_best", "roofline_S", "roofline_L", "particle_cost"),
-    *("effects_S", "effects_S_equal_error", "step_memory_L", "data_gb"),
+    *("effects_S", "effects_S_equal_error", "step_memory_L", "data_gb", "trainer_steps"),
 )
-PARTS = ("step", "memory", "effects", "data", "scaling")
+PARTS = ("step", "memory", "effects", "data", "trainer", "scaling")
 
 
 def main() -> None:
@@ -212,6 +212,13 @@ def run_data(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
     return _reported(measure_data_memory(quick=quick), show)
 
 
+def run_trainer(*, quick: bool, show: Callable[[str], None]) -> dict[str, float]:
+    """Time a step of a training, one and several per call of the trainer."""
+    from _trainer_speed import measure_trainer
+
+    return measure_trainer(quick=quick, show=show)
+
+
 def _reported(found: dict[str, Any], show: Callable[[str], None]) -> dict[str, float]:
     show("\n".join(f"- {k}: {v:.4g}" if isinstance(v, float) else f"- {k}: {v}" for k, v in found.items()))
     return {k: float(v) for k, v in found.items() if k in KEYS}
@@ -254,6 +261,7 @@ RUN = {
     "memory": run_memory,
     "effects": run_effects,
     "data": run_data,
+    "trainer": run_trainer,
     "scaling": run_scaling,
 }
 

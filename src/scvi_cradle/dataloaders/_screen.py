@@ -11,6 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from lightning.pytorch import LightningDataModule
+from scvi import settings
 
 from scvi_cradle._constants import QC_UNS_KEY
 from scvi_cradle._validation import check_one_of, check_positive
@@ -57,7 +58,7 @@ class ScreenDataModule(LightningDataModule):
     obs_keys
         Further columns to read, e.g. that of ``control_partner_key``.
     batch_size
-        Cells per batch.
+        Cells per batch. Default: that of the model in ``train``, ``scvi.settings.batch_size`` in ``train_dataloader``.
     chunk_size, n_chunks
         Rows that are read at once, and number of chunks whose cells are shuffled; twice as many are held.
     engine
@@ -105,7 +106,7 @@ class ScreenDataModule(LightningDataModule):
         shuffle_set_split: bool = True,
         obs: pd.DataFrame | None = None,
         obs_keys: Sequence[str] = (),
-        batch_size: int = 128,
+        batch_size: int | None = None,
         chunk_size: int = 512,
         n_chunks: int = 32,
         engine: Literal["auto", "anndata", "annbatch"] = "auto",
@@ -113,7 +114,8 @@ class ScreenDataModule(LightningDataModule):
         super().__init__()
         check_one_of("engine", engine, ("auto", "anndata", "annbatch"))
         for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size), ("n_chunks", n_chunks)):
-            check_positive(name, value, integer=True)
+            if value is not None:
+                check_positive(name, value, integer=True)
         self.batch_size = batch_size
         self._setup_args = {
             "perturbation_key": perturbation_key,
@@ -162,6 +164,15 @@ class ScreenDataModule(LightningDataModule):
     def register_with(self, registry: dict[str, Any], **checks: Any) -> StoredManager:
         """Return a manager of the cells by a model's registry: its labels, treatments and categories.
 
+        Models call this; a user has no need to.
+
+        Parameters
+        ----------
+        registry
+            Registry of the model.
+        **checks
+            What the model asks of set-up.
+
         Raises
         ------
         KeyError, ValueError
@@ -201,7 +212,7 @@ class ScreenDataModule(LightningDataModule):
                 train_size=train_size,
                 validation_size=validation_size,
                 shuffle_set_split=shuffle,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size or settings.batch_size,
             )
         return self._split
 
@@ -215,7 +226,10 @@ class ScreenDataModule(LightningDataModule):
 
     def _splitter(self) -> StoredSplitter:
         splitter = StoredSplitter(
-            self.manager, reading=self.reading, batch_size=self.batch_size, external_indexing=self.split
+            self.manager,
+            reading=self.reading,
+            batch_size=self.batch_size or settings.batch_size,
+            external_indexing=self.split,
         )
         splitter.setup()
         return splitter

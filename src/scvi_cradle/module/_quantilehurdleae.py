@@ -184,14 +184,16 @@ class QuantileHurdleModule(PerturbationModule):
 
         ``kl_weight`` and ``n_obs`` are there for scvi-tools: nothing diverges from a prior.
         """
-        x, features = tensors[REGISTRY_KEYS.X_KEY], generative_outputs["features"]
+        # under autocast the networks work in bfloat16, the losses of the quantiles do not
+        x, features = tensors[REGISTRY_KEYS.X_KEY], generative_outputs["features"].float()
         weights = self.gene_weights / self.gene_weights.sum()  # (G,), w_j / (G mean w)
         latent_l2 = inference_outputs["latent"].z.square().sum(-1).mean()
         if self.reconstruction == "mse":
             error = (self._magnitude(x) - features).square() @ weights
             value, parts = error.mean(), {"mse": error}
         else:
-            value, parts = self._quantile_hurdle(x, features, weights)
+            with torch.autocast(x.device.type, enabled=False):
+                value, parts = self._quantile_hurdle(x, features, weights)
             error = parts["quantile"] + self.hurdle_weight * parts["hurdle"]
         extra = {name: part.mean().detach() for name, part in parts.items()} | {"latent_l2": latent_l2.detach()}
         return LossOutput(

@@ -10,6 +10,7 @@ from scvi_cradle.train._plan import (
     PairedTrainingPlan,
     PerturbationTrainingPlan,
 )
+from scvi_cradle.train._runner import StepsRunner
 
 __all__ = [
     "ALIGN_WARMUP",
@@ -19,6 +20,7 @@ __all__ = [
     "ContinuedTrainingPlan",
     "PairedTrainingPlan",
     "PerturbationTrainingPlan",
+    "StepsRunner",
     "fit_classifiers",
     "fit_discriminants",
     "score",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -11,10 +14,11 @@ from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 
 from scvi_cradle._perturbedvae_settings import check_warmup
-from scvi_cradle._validation import check_one_of
+from scvi_cradle._validation import check_one_of, check_positive
 
 EFFECTS = ("effects.", "causal.")  # parts of a module that describe treatments
-N_CELLS = "n_cells"
+N_CELLS, N_BATCHES = "n_cells", "n_batches"
+TERMS = ("reconstruction_loss", "kl_local", "kl_global")  # of the evidence bound, as scvi-tools names them
 KL_WARMUP, ALIGN_WARMUP = (0.1, 0.5), (0.05, 0.5)  # shares of the steps: (10, 50) and (5, 50) of the published 100
 
 
@@ -38,6 +42,8 @@ class PerturbationTrainingPlan(TrainingPlan):
         Factor of the learning rate of ``module.effects`` (PerturbedVAE: ``module.causal``).
     n_epochs_kl_warmup, n_steps_kl_warmup
         KL warm-up; default none.
+    steps_per_call
+        Optimiser steps per call of the trainer; above 1 it is to be run by :class:`StepsRunner`.
     **kwargs
         Further arguments of :class:`scvi.train.TrainingPlan`.
     """
@@ -54,11 +60,12 @@ class PerturbationTrainingPlan(TrainingPlan):
         effect_lr_scale: float = 5.0,
         n_epochs_kl_warmup: int | None = None,
         n_steps_kl_warmup: int | None = None,
+        steps_per_call: int = 1,
         **kwargs: Any,
     ) -> None:
         check_one_of("lr_schedule", lr_schedule, ("cosine", "constant"))
-        self.is_first_batch = True
-        self.sums: dict[str, dict[str, Any]] = {}  # of terms over the cells of an epoch, by mode
+        check_positive("steps_per_call", steps_per_call, integer=True)
+        self.sums: dict[str, dict[str, Any]] = {}  # of terms over an epoch, by mode
         self.lr_schedule, self.lr_warmup_steps, self.effect_lr_scale = lr_schedule, lr_warmup_steps, effect_lr_scale
         super().__init__(
             module,
@@ -69,6 +76,12 @@ class PerturbationTrainingPlan(TrainingPlan):
             n_steps_kl_warmup=n_steps_kl_warmup,
             **kwargs,
         )
+        self.steps_per_call = steps_per_call
+        self.clipping: tuple[float | None, str | None] = (None, None)  # of gradients, where the trainer does not clip
+        if steps_per_call > 1:
+            self.automatic_optimization = False
+            # the argument's name tells the trainer that the step fetches its batches
+            setattr(self, "training_step", self._take_steps)  # noqa: B010
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam (or the user's optimiser) and the schedule."""
@@ -93,29 +106,64 @@ class PerturbationTrainingPlan(TrainingPlan):
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Take a step."""
+        """Return the loss of a batch of training cells."""
+        return self._loss(batch)
+
+    def _take_steps(self, dataloader_iter: Iterator[Any]) -> Any:
+        """Take up to ``steps_per_call`` optimiser steps, each as the trainer would; return the last loss."""
+        trainer, precision = self.trainer, self.trainer.precision_plugin
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        batch: Any = None
+        loss: Any = None
+
+        def backward() -> Any:
+            nonlocal loss
+            with precision.train_step_context():
+                loss = self._loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        # the trainer has entered mixed precision, which is for forward passes alone
+        is_mixed = isinstance(precision, MixedPrecision)
+        with torch.autocast(self.device.type, enabled=False) if is_mixed else nullcontext():
+            for fetched, *_ in islice(dataloader_iter, self.steps_per_call):
+                batch = trainer.strategy.batch_to_device(precision.convert_input(fetched), dataloader_idx=0)
+                optimizer.step(closure=backward)
+                if schedule is not None:
+                    self.lr_scheduler_step(schedule, None)
+                if 0 <= trainer.max_steps <= self.global_step:
+                    break
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients, unless the trainer does."""
+        super().on_before_optimizer_step(optimizer)
+        if self.clipping[0] is not None:
+            self.clip_gradients(optimizer, *self.clipping)
+
+    def _loss(self, batch: Any) -> Any:
         if self._is_told_at_once:
-            return super().training_step(batch, batch_idx)
+            return super().training_step(batch, 0)  # which makes no use of the number
         if "kl_weight" in self.loss_kwargs:
             self.loss_kwargs["kl_weight"] = self.kl_weight
-        return self._measure(batch, batch_idx, "train", self.train_metrics)
+        return self._measure(batch, "train", self.train_metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the loss of a batch."""
         if self._is_told_at_once:
             super().validation_step(batch, batch_idx)
             return
-        self._measure(batch, batch_idx, "validation", self.val_metrics)
+        self._measure(batch, "validation", self.val_metrics)
 
     @property
     def _is_told_at_once(self) -> bool:
         """Whether scvi-tools' own logging of steps was asked for."""
         return bool(self.on_step or not self.on_epoch)
 
-    def _measure(self, batch: Any, batch_idx: int, mode: str, metrics: dict[str, Any]) -> Any:
+    def _measure(self, batch: Any, mode: str, metrics: dict[str, Any]) -> Any:
         """Return the loss of a batch, and keep what is logged."""
         _, _, output = self.forward(batch, loss_kwargs=self.loss_kwargs)
-        self.is_first_batch = batch_idx == 0
         self.compute_and_log_metrics(output, metrics, mode)
         return output.loss
 
@@ -133,52 +181,45 @@ class PerturbationTrainingPlan(TrainingPlan):
             super().compute_and_log_metrics(loss_output, metrics, mode)
             return
         sums = self.sums.setdefault(mode, {})
-        if self.is_first_batch:
-            sums.clear()
-            self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=n_cells, sync_dist=self.use_sync_dist)
         with torch.inference_mode():
-            metrics[f"elbo_{mode}"].update(
-                reconstruction_loss=loss_output.reconstruction_loss_sum,
-                kl_local=loss_output.kl_local_sum,
-                kl_global=loss_output.kl_global_sum,
-                n_obs_minibatch=n_cells,
-            )
+            terms = {name: getattr(loss_output, f"{name}_sum") for name in TERMS}
             extra = {f"{key}_{mode}": value.detach() for key, value in loss_output.extra_metrics.items()}
-            values = {f"{mode}_loss": loss_output.loss.detach()} | extra
-            for name, value in (values | {N_CELLS: 1.0}).items():
-                sums[name] = sums.get(name, 0.0) + value * n_cells
+            means = {f"{mode}_loss": loss_output.loss.detach()} | extra
+            parts = terms | {name: value * n_cells for name, value in means.items()}
+            for name, value in (parts | {N_CELLS: n_cells, N_BATCHES: 1}).items():
+                sums[name] = sums.get(name, 0) + value
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log the epoch after its last batch: callbacks at the end of the epoch see it."""
         super().on_train_batch_end(*args)
         if self.trainer.is_last_batch:
-            self._log_means("train")
+            self._log_epoch("train", self.train_metrics)
 
     def on_train_epoch_end(self) -> None:
         """Log an epoch that ended before its last batch."""
-        self._log_means("train")
+        self._log_epoch("train", self.train_metrics)
         super().on_train_epoch_end()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation."""
-        self._log_means("validation")
+        self._log_epoch("validation", self.val_metrics)
         super().on_validation_epoch_end()
 
-    def _log_means(self, mode: str) -> None:
-        sums = self.sums.pop(mode, {})
-        if mode == "train" and sums and "kl_weight" in self.loss_kwargs:
-            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=False, on_epoch=True)
-        n_cells = int(sums.pop(N_CELLS, 0))
+    def _log_epoch(self, mode: str, metrics: dict[str, Any]) -> None:
+        """Log means over the epoch, unless that was done."""
+        sums = self.sums.pop(mode, None)
+        if not sums:
+            return
+        n_cells, n_batches = sums.pop(N_CELLS), sums.pop(N_BATCHES)
+        terms = {name: sums.pop(name) for name in TERMS}
+        terms["kl_global"] = terms["kl_global"] / n_batches  # one update stands for all batches
+        metrics[f"elbo_{mode}"].update(n_obs_minibatch=n_cells, **terms)
+        options = {"on_step": False, "on_epoch": True, "batch_size": n_cells, "sync_dist": self.use_sync_dist}
+        self.log_dict(metrics, **options)
+        if mode == "train" and "kl_weight" in self.loss_kwargs:
+            self.log("kl_weight", self.loss_kwargs["kl_weight"], **options)
         for name, total in sums.items():
-            self.log(
-                name,
-                total / n_cells,
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "train_loss",
-                batch_size=n_cells,
-                sync_dist=self.use_sync_dist,
-            )
+            self.log(name, total / n_cells, prog_bar=name == "train_loss", **options)
 
 
 class ContinuedTrainingPlan(PerturbationTrainingPlan):
@@ -250,7 +291,6 @@ class PairedTrainingPlan(PerturbationTrainingPlan):
         """Factor of the divergences at this step."""
         return self.ramp("kl_weight")
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Take a step, with the alignment's factor of this step."""
+    def _loss(self, batch: Any) -> Any:
         self.loss_kwargs["alignment_ramp"] = self.ramp("alignment_ramp")
-        return super().training_step(batch, batch_idx)
+        return super()._loss(batch)
