@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from lightning.pytorch import Callback
 
 from scvi_cradle import SAMSVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE
 from scvi_cradle.data import _setup
 from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.model import _quality
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The (basal state is|invariant variables are) unused:UserWarning"),
@@ -125,6 +129,45 @@ def test_scores_diagnostics_and_pass_rates_read_what_they_need(path, with_seed):
     assert list(cells.obs_names) == [screen.obs.index[5], screen.obs.index[3]]
 
 
+def test_scores_of_many_cells_on_disk_read_as_many_of_every_label(path, with_seed, monkeypatch):
+    monkeypatch.setattr(_quality, "MAX_READ", 40)
+    screen = ScreenDataModule(path, perturbation_key="perturbation", split_key="split")
+    with with_seed(0):
+        model = SAMSVAE(registry=screen.registry, n_latent=4, n_hidden=8)
+        model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    cells = model._training_cells()
+    n_labels = sum(n > 0 for n in model.label_counts_.values())
+    counts = cells.obs["perturbation"].value_counts()
+    expected = {label: min(n, 40 // n_labels) for label, n in model.label_counts_.items() if n}
+    assert counts.to_dict() == expected
+    assert set(cells.obs_names) <= set(screen.obs.index[model.train_indices_])
+    assert model.evaluate(n_samples=20, n_bootstrap=5)["value"].notna().any()
+
+
+@pytest.mark.parametrize("settings", [{"steps_per_call": 3}, {"checkpoint_dir": "run"}])
+def test_a_screen_goes_with_other_ways_to_train(path, with_seed, tmp_path, settings):
+    if "checkpoint_dir" in settings:
+        settings = {"checkpoint_dir": tmp_path / "run"}
+    losses = []
+    for more in ({}, settings):
+        screen = ScreenDataModule(path, perturbation_key="perturbation", split_key="split", chunk_size=32, n_chunks=4)
+        with with_seed(0):
+            model = SAMSVAE(registry=screen.registry, n_latent=4, n_hidden=8)
+            if "checkpoint_dir" in more:  # interrupted after an epoch
+                stop = Callback()
+                stop.on_train_epoch_start = lambda trainer, plan: trainer.current_epoch and interrupt()
+                with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                    model.train(max_epochs=3, datamodule=screen, enable_progress_bar=False, callbacks=[stop], **more)
+                model = SAMSVAE(registry=screen.registry, n_latent=4, n_hidden=8)
+            model.train(max_epochs=3, datamodule=screen, enable_progress_bar=False, **more)
+        losses.append(model.history["train_loss"].to_numpy(dtype=float))
+    np.testing.assert_array_equal(*losses)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_quantile_hurdle_autoencoder_trains_from_disk(path, with_seed):
     screen = ScreenDataModule(path, perturbation_key="perturbation", layer="log", split_key="split")
     with with_seed(0):
@@ -183,7 +226,7 @@ def test_screens_that_a_model_cannot_use_are_refused(path, shared_screen):
     model = CradleVAE(registry=flagged.registry, n_latent=3, n_hidden=8)
     with pytest.raises(ValueError, match="A screen brings its own split; received `split_key='split'`"):
         model.train(max_epochs=1, datamodule=flagged, split_key="split")
-    with pytest.raises(TypeError, match="must be a `scvi_cradle.dataloaders.ScreenDataModule`; received list"):
+    with pytest.raises(TypeError, match="must be a `ScreenDataModule` or `LabelledDataModule` of .*; received list"):
         model.train(max_epochs=1, datamodule=[])
     with pytest.raises(ValueError, match="built from a registry, without"):
         model.train(max_epochs=1)

@@ -2,6 +2,7 @@
 
 from scvi_cradle.data._annbatch import can_read
 from scvi_cradle.data._blocks import BlockLoader, StoredSplitter
+from scvi_cradle.data._collected import CollectedCells
 from scvi_cradle.data._device import DeviceDataSplitter
 from scvi_cradle.data._fields import (
     ArtifactField,
@@ -25,6 +26,7 @@ from scvi_cradle.data._weighted import WeightedSplitter
 __all__ = [
     "ArtifactField",
     "BlockLoader",
+    "CollectedCells",
     "DeviceDataSplitter",
     "DosageField",
     "PairedSplitter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -15,17 +16,18 @@ class RowSpill:
 
     Parameters
     ----------
-    positions
-        Sorted positions of the rows that are to be kept.
+    wanted
+        Sorted positions of the rows that are to be kept; None: all that are shown.
     n_columns
         Width of the rows.
     """
 
-    def __init__(self, positions: np.ndarray, n_columns: int) -> None:
-        self.positions, self.n_columns = positions, n_columns
+    def __init__(self, wanted: np.ndarray | None, n_columns: int) -> None:
+        self.wanted, self.n_columns = wanted, n_columns
         self.data, self.indices = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        self.ends = np.zeros(len(positions) + 1, dtype=np.int64)
-        self.n_rows, self.dtype = 0, np.dtype(np.float32)
+        self.positions = [np.zeros(0, dtype=np.int64)]
+        self.lengths = [np.zeros(1, dtype=np.int64)]
+        self.dtype = np.dtype(np.float32)
 
     def __enter__(self) -> Self:
         return self
@@ -33,23 +35,34 @@ class RowSpill:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the files back."""
         self.data.close()
         self.indices.close()
 
     def keep(self, rows: np.ndarray, block: sp.csr_matrix) -> None:
         """Keep those of the rows that are to be kept; blocks come in the order of the matrix."""
-        kept = block[np.isin(rows, self.positions)]
-        self.dtype = kept.dtype
-        kept.data.tofile(self.data)
-        kept.indices.astype(np.int32).tofile(self.indices)
-        end = self.n_rows + kept.shape[0]
-        self.ends[self.n_rows + 1 : end + 1] = self.ends[self.n_rows] + kept.indptr[1:]
-        self.n_rows = end
+        if self.wanted is not None:
+            chosen = np.isin(rows, self.wanted)
+            rows, block = rows[chosen], block[chosen]
+        self.dtype = block.dtype
+        block.data.tofile(self.data)
+        block.indices.astype(np.int32).tofile(self.indices)
+        self.positions.append(rows)
+        self.lengths.append(np.diff(block.indptr))
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the kept rows, and where each begins and ends in the files; nothing is kept after the first read."""
+        return np.concatenate(self.positions), np.cumsum(np.concatenate(self.lengths), dtype=np.int64)
 
     def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
         """Return kept rows by their positions in the matrix."""
-        places = np.searchsorted(self.positions, rows)
-        starts, lengths = self.ends[places], self.ends[places + 1] - self.ends[places]
+        positions, ends = self._index
+        places = np.searchsorted(positions, rows)
+        starts, lengths = ends[places], ends[places + 1] - ends[places]
         indptr = np.concatenate([[0], np.cumsum(lengths)])
         data, indices = np.empty(indptr[-1], dtype=self.dtype), np.empty(indptr[-1], dtype=np.int32)
         for file, out in ((self.data, data), (self.indices, indices)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from tqdm.auto import tqdm
 
 from scvi_cradle._constants import KEYS
 from scvi_cradle._matrix import BLOCK_SIZE, rows_of, to_csr
+from scvi_cradle.data._collected import MIN_VARIANCE, CollectedCells, GeneSums
 from scvi_cradle.data._spill import RowSpill
 from scvi_cradle.data._stored import stored_matrix
 
 MAX_LIBRARIES = 10_000
 MAX_REFERENCE_CELLS = 1_000
-MIN_VARIANCE = 1e-12  # below it a gene is constant
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def training_statistics(
     sources: np.ndarray | None = None,
     keep_pools: bool = True,
     check: Callable[[sp.csr_matrix, str], None] | None = None,
+    collected: CollectedCells | None = None,
     seed: int = 0,
 ) -> TrainingStatistics:
     """Compute the statistics of the training cells in one pass over blocks of rows.
@@ -97,31 +99,25 @@ def training_statistics(
         Whether to return the failed cells that profiles are made from.
     check
         What values on disk have to pass: their cells are seen here for the first time.
+    collected
+        What a pass over these cells has left, whose expression is then not read.
     seed
         Seed of the samples of libraries and of pools above 1,000 cells.
     """
     rng = np.random.default_rng(seed)
-    stored = stored_matrix(manager)
-    matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY) if stored is None else stored
-    matrix = to_csr(matrix) if sp.issparse(matrix) else matrix
     codes = column(manager, KEYS.PERTURBATION).astype(np.int64)[train_indices]
     flags = column(manager, KEYS.ARTIFACT)[train_indices] > 0 if KEYS.ARTIFACT in manager.data_registry else None
     n_labels = len(members)
     failed = np.zeros(len(codes), dtype=bool) if flags is None else flags
     labels = np.unique(codes[failed])
     members_of = [train_indices[rows] for rows in _reference_cells(labels, codes, failed, rng)]
-    with RowSpill(np.sort(np.concatenate([*members_of, []])).astype(np.int64), matrix.shape[1]) as spill:
-        visit = None
-        if stored is not None:
-
-            def visit(rows: np.ndarray, block: sp.csr_matrix) -> None:
-                if check is not None:
-                    check(block, "The screen on disk")
-                spill.keep(rows, block)
-
-        mean, variance, share, totals = _moments(matrix, train_indices, log=log, visit=visit)
-        failed_cells = (rows_of(matrix, rows) if stored is None else spill[rows] for rows in members_of)
-        profiles, pools = _references(failed_cells, matrix.shape[1], statistic, keep_pools=keep_pools)
+    make = partial(_references, statistic=statistic, keep_pools=keep_pools)
+    if collected is None:
+        sums, totals, (profiles, pools) = _read(manager, train_indices, members_of, make, log=log, check=check)
+    else:
+        sums, totals = collected.sums[log], collected.totals
+        profiles, pools = make((collected.failed[rows] for rows in members_of), len(sums.counts))
+    mean, variance, share = sums.moments()
     return TrainingStatistics(
         input_mean=mean,
         input_std=np.where(variance > MIN_VARIANCE, np.sqrt(variance), 1.0),
@@ -150,43 +146,54 @@ def column(manager: AnnDataManager, key: str) -> np.ndarray:
     return np.asarray(manager.get_from_registry(key)).ravel()
 
 
-def _moments(
+def _read(
+    manager: AnnDataManager,
+    train_indices: np.ndarray,
+    members_of: list[np.ndarray],
+    make: Callable[..., tuple[sp.csr_matrix, tuple[sp.csr_matrix, ...]]],
+    *,
+    log: bool,
+    check: Callable[[sp.csr_matrix, str], None] | None,
+) -> tuple[GeneSums, np.ndarray, tuple[sp.csr_matrix, tuple[sp.csr_matrix, ...]]]:
+    """Return sums over genes, totals of cells, and profiles and pools of the cells of every label."""
+    stored = stored_matrix(manager)
+    matrix = manager.get_from_registry(REGISTRY_KEYS.X_KEY) if stored is None else stored
+    matrix = to_csr(matrix) if sp.issparse(matrix) else matrix
+    with RowSpill(np.sort(np.concatenate([*members_of, []])).astype(np.int64), matrix.shape[1]) as spill:
+        visit = None
+        if stored is not None:
+
+            def visit(rows: np.ndarray, block: sp.csr_matrix) -> None:
+                if check is not None:
+                    check(block, "The screen on disk")
+                spill.keep(rows, block)
+
+        sums, totals = _sums(matrix, train_indices, log=log, visit=visit)
+        failed_cells = (rows_of(matrix, rows) if stored is None else spill[rows] for rows in members_of)
+        return sums, totals, make(failed_cells, matrix.shape[1])
+
+
+def _sums(
     matrix: Any,
     indices: np.ndarray,
-    block_size: int = BLOCK_SIZE,
     *,
-    log: bool = True,
+    log: bool,
     visit: Callable[[np.ndarray, sp.csr_matrix], None] | None = None,
-) -> tuple[np.ndarray, ...]:
-    """Return mean, variance and share of every gene and the totals of the cells, from blocks in the order of the matrix.
+) -> tuple[GeneSums, np.ndarray]:
+    """Return sums over genes and the totals of the cells, from blocks in the order of the matrix.
 
     ``visit`` is shown the positions and values of every block of a matrix on disk.
     """
-    n_genes, order = matrix.shape[1], np.argsort(indices, kind="stable")
-    first, second, counts, totals = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes), np.zeros(len(indices))
-    starts = range(0, len(indices), block_size)
+    order, totals = np.argsort(indices, kind="stable"), np.zeros(len(indices))
+    sums = GeneSums(matrix.shape[1], log=log)
+    starts = range(0, len(indices), BLOCK_SIZE)
     for start in tqdm(starts, desc="statistics of training cells", disable=visit is None or settings.verbosity > 20):
-        chosen = order[start : start + block_size]
+        chosen = order[start : start + BLOCK_SIZE]
         block = rows_of(matrix, indices[chosen])
         if visit is not None:
             visit(indices[chosen], block)
-        block.data = block.data.astype(np.float64)
-        totals[chosen] = np.asarray(block.sum(axis=1)).ravel()
-        counts += np.asarray(block.sum(axis=0)).ravel()
-        if log:
-            block.data = np.log1p(block.data)
-        first += np.asarray(block.sum(axis=0)).ravel()
-        block.data **= 2
-        second += np.asarray(block.sum(axis=0)).ravel()
-    n = len(indices)
-    mean = first / n
-    variance = np.maximum(second - n * mean**2, 0.0) / max(n - 1, 1)
-    return (
-        mean,
-        np.where(variance > MIN_VARIANCE, variance, 0.0),
-        counts / max(counts.sum(), 1.0),
-        totals,
-    )
+        totals[chosen] = sums.add(block)
+    return sums, totals
 
 
 def _treatment_counts(
@@ -245,7 +252,7 @@ def _reference_cells(
 
 
 def _references(
-    pools: Iterable[sp.csr_matrix], n_genes: int, statistic: str, *, keep_pools: bool
+    pools: Iterable[sp.csr_matrix], n_genes: int, *, statistic: str, keep_pools: bool
 ) -> tuple[sp.csr_matrix, tuple[sp.csr_matrix, ...]]:
     profiles, kept = [], []
     for pool in pools:

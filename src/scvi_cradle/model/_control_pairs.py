@@ -29,6 +29,7 @@ class ControlPairsMixin(TrainingMixin):
     """Training, and generation from control cells."""
 
     _data_splitter_cls = PairedSplitter
+    _looks_up_cells = True
     _training_plan_cls = PairedTrainingPlan
 
     # ---- training ---------------------------------------------------------------------------------------------------

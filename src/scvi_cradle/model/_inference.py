@@ -28,6 +28,7 @@ class InferenceMixin(LabelledModel):
         component: str | None = None,
         give_mean: bool = True,
         batch_size: int | None = None,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
     ) -> np.ndarray:
         """Return latent variables of cells.
 
@@ -44,6 +45,8 @@ class InferenceMixin(LabelledModel):
             Posterior means instead of a draw.
         batch_size
             Cells encoded at once.
+        dataloader
+            Batches of tensors, instead of ``adata``.
 
         Returns
         -------
@@ -55,7 +58,9 @@ class InferenceMixin(LabelledModel):
             For an unknown component.
         """
         parts = []
-        for _, latent in self._latent_batches(adata, indices, batch_size, n_samples=1, sample=not give_mean):
+        for _, latent in self._latent_batches(
+            adata, indices, batch_size, dataloader, n_samples=1, sample=not give_mean
+        ):
             values = self.module.components(latent)
             name = next(iter(values)) if component is None else component
             check_one_of("component", name, (*values, "full"))
@@ -195,9 +200,14 @@ class InferenceMixin(LabelledModel):
             yield moved, self.module.inference(**self.module._get_inference_input(moved), **kwargs)
 
     def _latent_batches(
-        self, adata: AnnData | None, indices: Any, batch_size: int | None, **kwargs: Any
+        self,
+        adata: AnnData | None,
+        indices: Any,
+        batch_size: int | None,
+        dataloader: Iterable[dict[str, Tensor]] | None = None,
+        **kwargs: Any,
     ) -> Iterator[tuple[dict[str, Tensor], Any]]:
-        for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, **kwargs):
+        for tensors, outputs in self._batches_with_outputs(adata, indices, batch_size, dataloader, **kwargs):
             yield tensors, outputs["latent"]
 
 

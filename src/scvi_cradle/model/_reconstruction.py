@@ -28,6 +28,7 @@ class ReconstructionMixin(TrainingMixin):
     """Training and decoding of :class:`~scvi_cradle.model.QuantileHurdleAE`."""
 
     _data_splitter_cls = WeightedSplitter
+    _looks_up_cells = True
     _training_plan_cls = ContinuedTrainingPlan
     _cell_weights: np.ndarray | None = None
     moves_: dict[str, Any] | None
@@ -75,8 +76,8 @@ class ReconstructionMixin(TrainingMixin):
             module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
             module.n_train.fill_(n_train)
 
-    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
-        super()._learn_from_training_cells(train_indices)
+    def _learn_from_training_cells(self, train_indices: np.ndarray, source: Any = None) -> None:
+        super()._learn_from_training_cells(train_indices, source)
         if not self.is_trained_:
             matrix = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
             probability, quantiles = empirical_quantiles(matrix, self.module.levels.cpu().numpy(), train_indices)

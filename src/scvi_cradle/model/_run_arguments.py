@@ -1,13 +1,22 @@
-"""Arguments of a training: its length, and splits that cannot be."""
+"""Arguments of a training: its cells and length, and splits that cannot be."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from scvi import settings
 
 MIN_EPOCHS = 5
+
+
+class CellsOfRun(NamedTuple):
+    """Numbers of training and validation cells and of steps per epoch, and arguments of ``train`` of scvi-tools."""
+
+    n_train: int
+    n_validation: int
+    steps_per_epoch: int
+    arguments: dict[str, Any]
 
 
 def check_no_split(

@@ -10,8 +10,9 @@ from mudata import MuData
 from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import BaseModelClass
 
+from scvi_cradle._constants import KEYS
 from scvi_cradle.data import BlockLoader, SetupArguments, check_arguments, holds_counts, stored_matrix
-from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.dataloaders import LabelledDataModule, ScreenDataModule
 
 WITHOUT_ARTIFACT = ("artifact_key", "artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
 
@@ -26,6 +27,7 @@ class ScreenModel(BaseModelClass):
     _needs_artifact = False
     _count_only = True
     _non_negative = False
+    _looks_up_cells = False  # in training, so that cells must not only come by
 
     def __init__(self, adata: AnnData | MuData | None = None, registry: dict[str, Any] | None = None) -> None:
         if registry is not None and registry["model_name"] is None:
@@ -60,15 +62,34 @@ class ScreenModel(BaseModelClass):
             If it is none, or if the model has an AnnData.
         """
         if not isinstance(screen, ScreenDataModule):
-            msg = (
-                f"`datamodule` must be a `scvi_cradle.dataloaders.ScreenDataModule`; received {type(screen).__name__}."
-            )
+            msg = f"`datamodule` must be a `ScreenDataModule` or `LabelledDataModule` of `scvi_cradle.dataloaders`; received {type(screen).__name__}."
             raise TypeError(msg)
         if self.adata_manager is not None and stored_matrix(self.adata_manager) is not screen.matrix:
             msg = f"`datamodule` is for models that are built from its registry; received one for a model with data of its own: build it with `{type(self).__name__}(registry=screen.registry)`."
             raise ValueError(msg)
         self._adata = self._validate_anndata(screen)
         self._adata_manager = self.get_anndata_manager(self._adata, required=True)
+
+    def _check_labelled(self, datamodule: LabelledDataModule, **given: Any) -> None:
+        """Raise ``ValueError`` for cells that come by if the model cannot train on them.
+
+        ``given``: arguments of ``train`` that the data module decides.
+        """
+        name = type(self).__name__
+        if self._looks_up_cells:
+            msg = f"{name} looks cells up while it trains; received a `LabelledDataModule`, whose cells only come by: use a `ScreenDataModule`, or an AnnData."
+            raise ValueError(msg)
+        for argument, value in given.items():
+            if value not in (None, False, "auto"):
+                msg = f"A `LabelledDataModule` has its own loaders and split; received `{argument}={value!r}` beside it: give it to the datamodule that it wraps."
+                raise ValueError(msg)
+        if self.adata is not None:
+            msg = f"`datamodule` is for models that are built from its registry; received one for a model with data of its own: build it with `{name}(registry=datamodule.registry)`."
+            raise ValueError(msg)
+        registries = (self.registry_["field_registries"], datamodule.registry["field_registries"])
+        if not _same(*registries):
+            msg = f"Cells must have the genes, labels, categories and flags that the model was built for; received others: build it with `{name}(registry=datamodule.registry)`."
+            raise ValueError(msg)
 
     def _cells_of(self, screen: ScreenDataModule) -> AnnData:
         """Return the cells of a screen, registered with the model."""
@@ -85,3 +106,23 @@ class ScreenModel(BaseModelClass):
         if args or not set(kwargs) <= {"batch_size"} or stored_matrix(manager) is None or (np.diff(cells) <= 0).any():
             return super()._make_data_loader(adata, indices, *args, **kwargs)
         return BlockLoader(manager, cells, batch_size=kwargs.get("batch_size") or settings.batch_size, shuffle=False)
+
+
+def _same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Return whether registries name the same genes, labels and categories."""
+    keys = (KEYS.PERTURBATION, REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY)
+    states = [
+        [
+            sorted(registry),
+            *(_plain(registry[key]["state_registry"]) for key in keys if key in registry),
+            list(registry[REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"]),
+        ]
+        for registry in (ours, theirs)
+    ]
+    return bool(states[0] == states[1])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from scvi import REGISTRY_KEYS, settings
+from scvi import settings
 from scvi.model.base import UnsupervisedTrainingMixin
 
-from scvi_cradle._constants import KEYS
 from scvi_cradle._validation import check_one_of, check_positive
 from scvi_cradle.data import (
     DeviceDataSplitter,
-    TrainingStatistics,
-    check_values,
-    holds_counts,
     split_indices,
-    training_statistics,
 )
-from scvi_cradle.dataloaders import ScreenDataModule
+from scvi_cradle.dataloaders import LabelledDataModule, ScreenDataModule
 from scvi_cradle.model._base import cells_hash, warn
-from scvi_cradle.model._quality import QualityMixin
-from scvi_cradle.model._run_arguments import check_no_split, check_seed, resolve_epochs
+from scvi_cradle.model._learning import LearningMixin
+from scvi_cradle.model._run_arguments import CellsOfRun, check_no_split, check_seed, resolve_epochs
 from scvi_cradle.train import PerturbationTrainingPlan, RunState, StepsRunner, n_processes
 
+LOGGER = logging.getLogger("scvi_cradle")
 N_VALIDATIONS = 100
 PLAN_ARGUMENTS = (
     *("lr", "weight_decay", "lr_schedule", "effect_lr_scale"),
@@ -36,7 +31,7 @@ PLAN_ARGUMENTS = (
 )
 
 
-class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
+class TrainingMixin(UnsupervisedTrainingMixin, LearningMixin):
     """``train`` of the models."""
 
     _data_splitter_cls = DeviceDataSplitter
@@ -58,7 +53,7 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
         shuffle_set_split: bool = True,
         early_stopping: bool = False,
         load_on_device: bool | Literal["auto"] = "auto",
-        datamodule: ScreenDataModule | None = None,
+        datamodule: ScreenDataModule | LabelledDataModule | None = None,
         steps_per_call: int = 1,
         checkpoint_dir: str | Path | None = None,
         plan_kwargs: dict[str, Any] | None = None,
@@ -103,7 +98,8 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             do PerturbedVAE and QuantileHurdleAE, for which True is an error.
         datamodule
             A screen on disk, for a model that was built from its registry. It brings the split and the batch size, and its
-            cells are the model's own from then on.
+            cells are the model's own from then on. A ``LabelledDataModule`` also brings loaders; its cells only come by: the
+            model has no cells afterwards, and no diagnostics.
         steps_per_call
             Optimiser steps per call of the trainer; the steps and the model are the same. More than the default, 1, saves
             some of the trainer's own time and pays where a step takes a few milliseconds: small screens, GPUs. Callbacks
@@ -128,47 +124,49 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             If there is no column ``split_key``.
         ValueError
             If the split is not one, or leaves no control cell for training; for ``load_on_device=True`` with a model that
-            loads cells in its own way; for several steps per call where the trainer must see each; for several processes or a ``checkpoint_dir`` with a random split that has no
-            seed; for a ``checkpoint_dir`` with another run.
+            loads cells in its own way; for several steps per call where the trainer must see each; for several processes
+            or a ``checkpoint_dir`` with a random split that has no seed; for a ``checkpoint_dir`` with another run; for
+            arguments beside a ``datamodule`` that it decides.
         """
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None:
                 check_positive(name, value, integer=True)
         check_positive("steps_per_call", steps_per_call, integer=True)
         self._check_objective(objective)
-        reading: dict[str, Any] = {}
-        if datamodule is not None:
-            check_no_split(split_key, train_size, validation_size, datasplitter_kwargs)
-            self._attach(datamodule)
-            batch_size = batch_size or datamodule.batch_size
-            datasplitter_kwargs = {"external_indexing": datamodule.split}
-            reading = {"reading": datamodule.reading}
-        self._validate_anndata(None)
         settings_ = dict(self._training_settings)
-        batch_size = batch_size or settings_["batch_size"]
-        external, processes = (datasplitter_kwargs or {}).get("external_indexing"), n_processes(kwargs)
-        is_random = split_key is None and external is None and shuffle_set_split
-        if datamodule is not None:
-            is_random = datamodule.has_random_split
-        if is_random and (processes > 1 or checkpoint_dir is not None):
-            check_seed()
-        split = split_indices(
-            self.adata_manager,
-            split_key,
-            external_indexing=external,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-        )
-        self._check_training_controls(split[0])
-        splitter = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
-        n_cells, n_validation = (len(self._batch_cells(part)) for part in split[:2])
-        self._learn_from_training_cells(split[0])
-        steps_per_epoch = math.ceil(math.ceil(n_cells / processes) / batch_size)
+        splitting: dict[str, Any] = {
+            "split_key": split_key,
+            "train_size": train_size,
+            "validation_size": validation_size,
+            "shuffle_set_split": shuffle_set_split,
+        }
+        processes = n_processes(kwargs)
+        if isinstance(datamodule, LabelledDataModule):
+            self._check_labelled(
+                datamodule,
+                batch_size=batch_size,
+                load_on_device=load_on_device,
+                datasplitter_kwargs=datasplitter_kwargs,
+                checkpoint_dir=checkpoint_dir,
+                strategy=kwargs.get("strategy") if processes > 1 else None,
+                **{name: value for name, value in splitting.items() if name != "shuffle_set_split"},
+            )
+            cells = CellsOfRun(datamodule.n_train, datamodule.n_val, datamodule.n_batches, {"datamodule": datamodule})
+            self._learn_from_training_cells(np.arange(cells.n_train), source=datamodule)
+        else:
+            cells = self._cells_of_run(
+                datamodule,
+                datasplitter_kwargs or {},
+                batch_size=batch_size,
+                load_on_device=load_on_device,
+                processes=processes,
+                needs_seed=processes > 1 or checkpoint_dir is not None,
+                **splitting,
+            )
+            self._learn_from_training_cells(cells.arguments["datasplitter_kwargs"]["external_indexing"][0])
         if max_epochs is None and max_steps is None:
             max_epochs, max_steps = settings_["max_epochs"], settings_.get("max_steps")
-        max_epochs = resolve_epochs(max_epochs, max_steps, steps_per_epoch, n_cells)
+        max_epochs = resolve_epochs(max_epochs, max_steps, cells.steps_per_epoch, cells.n_train)
         plan = {name: settings_[name] for name in PLAN_ARGUMENTS if name in settings_}
         plan |= {name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
         trainer: dict[str, Any] = {"gradient_clip_val": settings_["gradient_clip_val"]}
@@ -176,44 +174,91 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
             trainer["max_steps"] = max_steps
         if datamodule is not None:
             trainer["simple_progress_bar"] = False  # epochs are long: a bar over their batches
-        if n_validation and (not early_stopping or processes > 1) and not kwargs.get("enable_checkpointing"):
+        if cells.n_validation and (not early_stopping or processes > 1) and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
             kwargs = self._stopping_arguments(max_epochs) | kwargs
-        run = RunState(
-            self._run_identity(split, plan, max_epochs, max_steps, batch_size, objective, processes), checkpoint_dir
-        )
+        identity = self._run_identity(cells.arguments, plan, max_epochs, max_steps, objective, processes)
+        run = RunState(identity, checkpoint_dir)
         kwargs = {"ckpt_path": run.resume_from()} | kwargs | {"callbacks": [*kwargs.get("callbacks", ()), run]}
         self.module.objective = objective
         self.module.train()
         try:
             super().train(
                 max_epochs=max_epochs,
-                batch_size=batch_size,
                 early_stopping=early_stopping,
                 plan_kwargs=plan | {"steps_per_call": steps_per_call} | (plan_kwargs or {}),
-                datasplitter_kwargs=(datasplitter_kwargs or {}) | {"external_indexing": split} | splitter,
-                **(trainer | kwargs),
+                **(cells.arguments | trainer | kwargs),
             )
         finally:
             self.module.objective = "elbo"  # bounds of cells do not depend on how the model was trained
+        if isinstance(datamodule, LabelledDataModule):
+            self.train_cells_ = self.diagnostics_ = None
+            LOGGER.info("No diagnostics: they look cells up, and those of a LabelledDataModule only come by.")
+            return
         split_key = split_key if datamodule is None else datamodule.split_key
         if self.train_indices_ is None:  # the processes were started from this one, which has loaded no cells
-            self.train_indices, self.validation_indices, self.test_indices = split
+            parts = cells.arguments["datasplitter_kwargs"]["external_indexing"]
+            self.train_indices, self.validation_indices, self.test_indices = parts
         if split_key is not None:  # scvi-tools wants every cell in a part; "unused" cells are in none
             self.test_indices_ = np.flatnonzero((self.adata.obs[split_key] == "test").to_numpy())
         self.train_cells_ = cells_hash(self.adata)
         self._diagnose()
 
-    def _run_identity(self, split: list[np.ndarray], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
-        """Return what must be the same where a run is taken up again."""
-        cells = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
+    def _cells_of_run(
+        self,
+        screen: ScreenDataModule | None,
+        splitter: dict[str, Any],
+        *,
+        batch_size: int | None,
+        load_on_device: bool | Literal["auto"],
+        processes: int,
+        needs_seed: bool,
+        split_key: str | None,
+        **splitting: Any,
+    ) -> CellsOfRun:
+        """Return the model's own cells, or those of a screen, which are its own from now on, as they are split."""
+        reading: dict[str, Any] = {}
+        is_random = split_key is None and "external_indexing" not in splitter and splitting["shuffle_set_split"]
+        if screen is not None:
+            check_no_split(split_key, splitting["train_size"], splitting["validation_size"], splitter or None)
+            self._attach(screen)
+            is_random = screen.has_random_split
+        if is_random and needs_seed:
+            check_seed()
+        if screen is not None:
+            batch_size = batch_size or screen.batch_size
+            splitter, reading = {"external_indexing": screen.split}, {"reading": screen.reading}
+        self._validate_anndata(None)
+        batch_size = batch_size or self._training_settings["batch_size"]
+        split = split_indices(
+            self.adata_manager,
+            split_key,
+            external_indexing=splitter.get("external_indexing"),
+            batch_size=batch_size,
+            **splitting,
+        )
+        self._check_training_controls(split[0])
+        further = self._splitter_arguments(split) | self._placement(load_on_device=load_on_device) | reading
+        n_train, n_validation = (len(self._batch_cells(part)) for part in split[:2])
+        steps_per_epoch = math.ceil(math.ceil(n_train / processes) / batch_size)
+        given = splitter | {"external_indexing": split} | further
+        return CellsOfRun(
+            n_train, n_validation, steps_per_epoch, {"batch_size": batch_size, "datasplitter_kwargs": given}
+        )
+
+    def _run_identity(self, cells: dict[str, Any], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        """Return what must be the same where a run is taken up again; nothing for cells that come by."""
+        if self.adata is None:
+            return {}
+        split = cells["datasplitter_kwargs"]["external_indexing"]
+        hashed = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
         plain = {k: v for k, v in plan.items() if isinstance(v, str | int | float | tuple | None)}
         return {
             "model": type(self).__name__,
             "cells": cells_hash(self.adata),
-            "split": cells.hexdigest(),
-            "settings": repr((self._architecture, plain, self.is_trained_, arguments)),
+            "split": hashed.hexdigest(),
+            "settings": repr((self._architecture, plain, self.is_trained_, cells["batch_size"], arguments)),
             "seed": settings.seed,
         }
 
@@ -238,74 +283,6 @@ class TrainingMixin(UnsupervisedTrainingMixin, QualityMixin):
     def _stopping_arguments(self, max_epochs: int) -> dict[str, Any]:
         """Return how early stopping follows the training of this model."""
         return {}
-
-    def _sources(self) -> np.ndarray | None:
-        """Return which labels new cells take library sizes and covariates from, shape ``(n_labels,)``; None: all."""
-        return None
-
-    def _check_training_controls(self, train_indices: np.ndarray) -> None:
-        codes = np.asarray(self.adata_manager.get_from_registry(KEYS.PERTURBATION)).ravel().astype(int)
-        control = self._table.labels.index(self._rule.control_name)
-        if not (codes[train_indices] == control).any():
-            msg = (
-                f"The training split must hold control cells; received {len(train_indices)} training cells without one."
-            )
-            raise ValueError(msg)
-
-    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
-        """Set what is learnt outside gradient descent; moments and output bias only before the first training."""
-        table = self._table
-        members = table.padded_members()
-        is_counts = holds_counts(self._state(REGISTRY_KEYS.X_KEY))
-        statistics = training_statistics(
-            self.adata_manager,
-            train_indices,
-            members=members,
-            n_treatments=len(table.treatments),
-            log=self.module.log_input,
-            statistic=self.module.references.statistic if self.module.has_artifact else "median",
-            sources=self._sources(),
-            keep_pools=self.module.has_artifact and self.module.references.resample,
-            check=partial(check_values, counts=is_counts, non_negative=self._non_negative),
-            seed=settings.seed or 0,
-        )
-        self._set_statistics(statistics, len(train_indices))
-        self.module.set_labels(members)
-        self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}
-        self.libraries_ = statistics.libraries
-        self._shrinkage = None
-        if self.module.has_artifact:
-            self._set_references(statistics)
-
-    def _set_references(self, statistics: TrainingStatistics) -> None:
-        """Keep the reference profiles of the counterfactual term."""
-        profiles, labels = statistics.reference_profiles, self._table.labels
-        self.module.references.set(statistics.reference_labels, profiles.toarray(), statistics.pools)
-        self.references_ = {
-            "labels": [labels[code] for code in statistics.reference_labels],
-            "n_failed": {t: int(n) for t, n in zip(labels, statistics.n_failed_per_label, strict=True) if n},
-            "data": profiles.data,
-            "indices": profiles.indices,
-            "indptr": profiles.indptr,
-        }
-
-    def _set_statistics(self, statistics: TrainingStatistics, n_train: int) -> None:
-        module = self.module
-        with torch.no_grad():
-            module.n_obs_per_treatment.copy_(torch.as_tensor(statistics.n_obs_per_treatment))
-            module.n_train.fill_(n_train)
-            if module.has_artifact:
-                module.n_failed.fill_(statistics.n_failed)
-            if not self.is_trained_:
-                module.input_mean.copy_(torch.as_tensor(statistics.input_mean))
-                module.input_std.copy_(torch.as_tensor(statistics.input_std))
-                if self._architecture["output_bias"] == "data":
-                    module.decoder.initialize_output(
-                        *(
-                            torch.as_tensor(v).float()
-                            for v in (statistics.gene_share, statistics.input_mean, statistics.input_std)
-                        )
-                    )
 
     def _check_objective(self, objective: str) -> None:
         check_one_of("objective", objective, self.module.objectives)

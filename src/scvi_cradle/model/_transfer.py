@@ -91,8 +91,8 @@ class TransferMixin(TrainingMixin):
             mask.logits.copy_(torch.where(opened, OPEN_LOGIT, -OPEN_LOGIT))
         self.module.global_weight.zero_()
 
-    def _learn_from_training_cells(self, train_indices: np.ndarray) -> None:
-        super()._learn_from_training_cells(train_indices)
+    def _learn_from_training_cells(self, train_indices: np.ndarray, source: Any = None) -> None:
+        super()._learn_from_training_cells(train_indices, source)
         self.module.effects.mask.logits.requires_grad = bool(self.module.global_weight > 0)  # also in a loaded model
 
     @torch.inference_mode()
