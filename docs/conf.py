@@ -37,7 +37,12 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-n
 # every name in the text has to be one that readers can follow
 nitpicky = True
 # names that docstrings of modules use for parts of the same file
-nitpick_ignore = [("py:class", "NegativeBinomialDecoder"), ("py:class", "Posterior")]
+nitpick_ignore = [
+    *(("py:class", name) for name in ("NegativeBinomialDecoder", "Posterior")),
+    # in signatures of classes that derive from one of lightning, which is documented under a shorter name
+    *(("py:class", name) for name in ("Path", "LightningDataModule")),
+    ("py:class", "lightning.pytorch.core.datamodule.LightningDataModule"),
+]
 # parts of ours that have no page: private ones, the training plan, fields, and the parts of modules
 nitpick_ignore_regex = [("py:.*", r"scvi_cradle\.((.*\.)?_.*|(data|train|module\.base)\b.*)")]
 # the function in autosummary_context cannot be stored, which only matters for incremental builds

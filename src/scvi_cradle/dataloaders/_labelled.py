@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 
 
 class LabelledDataModule(LightningDataModule):
-    """Cells of a :class:`scvi.dataloaders.TileDBDataModule` or :class:`scvi.dataloaders.MappedCollectionDataModule`.
+    """Cells of a ``scvi.dataloaders.TileDBDataModule`` or ``scvi.dataloaders.MappedCollectionDataModule``.
 
     For models that are built from its registry and trained from its batches. The training cells are read once here, for
     what models learn outside training: label, batch and covariates of every cell, moments of genes, library sizes, and
@@ -44,7 +44,7 @@ class LabelledDataModule(LightningDataModule):
     datamodule
         The data module. Its label is the perturbation.
     control, sep
-        As in :meth:`scvi_cradle.CradleVAE.setup_anndata`.
+        As in :meth:`scvi_cradle.model.CradleVAE.setup_anndata`.
     artifact_key
         The QC flag (True/False or 0/1, True for failed cells), one of the data module's ``categorical_covariate_keys``; the
         others enter the decoder.
@@ -119,7 +119,7 @@ class LabelledDataModule(LightningDataModule):
 
     @property
     def registry(self) -> dict[str, Any]:
-        """What a model is built from: ``Model(registry=cells.registry)``."""
+        """The registry that a model is built from, as in ``Model(registry=cells.registry)``."""
         return dict(self.manager.registry)
 
     @property

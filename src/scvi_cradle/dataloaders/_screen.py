@@ -43,7 +43,7 @@ class ScreenDataModule(LightningDataModule):
         An ``.h5ad`` file or ``.zarr`` store, or several with the same genes, whose cells follow one another. The expression
         must be CSR or dense, in the form that AnnData writes.
     perturbation_key, perturbation_obsm_key, control, sep, layer
-        As in :meth:`scvi_cradle.CradleVAE.setup_anndata`; so are the other keys.
+        As in :meth:`scvi_cradle.model.CradleVAE.setup_anndata`; so are the other keys.
     artifact_key, guide_counts_key, guide_targets, cell_type_key
         Keys that some models need, and others do not take.
     batch_key, categorical_covariate_keys, continuous_covariate_keys
@@ -183,7 +183,7 @@ class ScreenDataModule(LightningDataModule):
 
     @property
     def registry(self) -> dict[str, Any]:
-        """What a model is built from: ``Model(registry=screen.registry)``."""
+        """The registry that a model is built from, as in ``Model(registry=screen.registry)``."""
         return dict(self.manager.registry)
 
     @property

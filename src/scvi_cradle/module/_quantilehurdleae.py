@@ -185,7 +185,8 @@ class QuantileHurdleModule(PerturbationModule):
         ``kl_weight`` and ``n_obs`` are there for scvi-tools: nothing diverges from a prior.
         """
         # under autocast the networks work in bfloat16, the losses of the quantiles do not
-        x, features = tensors[REGISTRY_KEYS.X_KEY], generative_outputs["features"].float()
+        x, features = tensors[REGISTRY_KEYS.X_KEY], generative_outputs["features"]
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         weights = self.gene_weights / self.gene_weights.sum()  # (G,), w_j / (G mean w)
         latent_l2 = inference_outputs["latent"].z.square().sum(-1).mean()
         if self.reconstruction == "mse":
