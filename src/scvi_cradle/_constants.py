@@ -44,4 +44,5 @@ COLUMNS = _Columns()
 QC_CRITERIA = _QCFlags()
 QC_UNS_KEY = "qc_label"
 CONTROL_UNS_KEY = "control"
+ON_DISK_UNS_KEY = "_scvi_cradle_on_disk"  # marks an AnnData whose counts are on disk
 COUNTS_PER_CELL = 1e4

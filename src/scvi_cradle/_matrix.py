@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from scvi_cradle._constants import COUNTS_PER_CELL
+from scvi_cradle._constants import COUNTS_PER_CELL, ON_DISK_UNS_KEY
 from scvi_cradle._validation import check_key
 
 BLOCK_SIZE = 1_024  # rows: of 20,000 genes with 16 % counts 25 MB
@@ -23,6 +23,7 @@ ADDED_AT_ONCE = 4  # sums of chunks of a dask array
 
 def get_matrix(adata: AnnData, layer: str | None) -> Any:
     """Return ``adata.X`` or ``adata.layers[layer]`` as it is stored (dense, sparse, backed or dask)."""
+    check_in_memory(adata)
     if layer is None:
         if adata.X is None:
             msg = "The AnnData must hold counts; received `X=None`: name the layer with the counts, e.g. `layer='counts'`."
@@ -30,6 +31,13 @@ def get_matrix(adata: AnnData, layer: str | None) -> Any:
         return adata.X
     check_key(adata.layers, layer, "adata.layers", "layer")
     return adata.layers[layer]
+
+
+def check_in_memory(adata: AnnData) -> None:
+    """Raise ``ValueError`` for the frame of a screen, whose counts are on disk."""
+    if ON_DISK_UNS_KEY in adata.uns:
+        msg = "The counts of these cells are on disk and not in this AnnData; received cells of a `ScreenDataModule`: pass the screen itself (with `indices`), or take the cells from `screen.to_memory(indices)`."
+        raise ValueError(msg)
 
 
 def is_dask(matrix: Any) -> bool:
@@ -220,7 +228,7 @@ def check_non_negative(matrix: Any, where: str) -> None:
 
 def check_gives_rows(matrix: Any, name: str) -> None:
     """Raise ``ValueError`` for a dask array of sparse chunks: scvi-tools' loaders take rows of dense ones only."""
-    if is_dask(matrix) and sp.issparse(matrix[:1].compute()):
+    if is_dask(matrix) and sp.issparse(matrix._meta):
         msg = (
             f"Models read dask arrays of dense chunks only; received {name} with sparse chunks: load it with "
             f"`{name} = {name}.compute()`, or train from disk with `scvi_cradle.dataloaders.ScreenDataModule`."

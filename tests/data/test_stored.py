@@ -154,9 +154,13 @@ def test_processes_share_an_epoch_in_equal_numbers_of_batches(tmp_path, n_ranks)
     cells = np.arange(N_CELLS - 1)
     epochs = []
     for rank in range(n_ranks):
-        loader = block_loader(manager_of(backed), cells, batch_size=8, rank=rank, n_ranks=n_ranks)
         torch.manual_seed(rank)  # processes do not draw alike
-        epochs.append([names(loader, adata) for _ in range(2)])
+        loaders = [
+            block_loader(manager_of(backed), cells, batch_size=8, rank=rank, n_ranks=n_ranks, epoch=lambda e=e: e)
+            for e in range(2)
+        ]
+        epochs.append([names(loader, adata) for loader in loaders])
+        loader = loaders[0]
         assert [len(batch) for batch in epochs[-1]] == [len(loader)] * 2
     for epoch in range(2):
         seen = [row for of_rank in epochs for batch in of_rank[epoch] for row in batch]

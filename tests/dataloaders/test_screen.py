@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -107,11 +108,17 @@ def test_columns_may_come_from_memory(tmp_path):
     path = stored(tmp_path, adata[:, :].copy())
     obs = adata.obs.assign(flag=np.arange(N_CELLS) % 2 == 0)
     screen = ScreenDataModule(path, **KEYS, obs=obs, artifact_key="flag")
-    flags = np.concatenate([b["artifact"][:, 0].numpy() for b in (screen.train_dataloader())])
-    assert flags.sum() == obs["flag"].to_numpy()[screen.split[0]].sum()
+    flag_of = {tuple(row): flag for row, flag in zip(adata.X.toarray(), obs["flag"], strict=True)}
+    for batch in screen.train_dataloader():
+        assert [flag_of[tuple(row)] for row in batch["X"].numpy()] == (batch["artifact"][:, 0] > 0).tolist()
     assert "_scvi_artifact" not in obs  # the user's frame is as it was
-    with pytest.raises(KeyError, match="`artifact_key` must be a key of `adata.obs`; received 'none'"):
-        ScreenDataModule(path, **KEYS, obs=obs, artifact_key="none")
+    for keys in ({"artifact_key": "none"}, {"split_key": "none"}, {"obs_keys": ["none"]}):
+        with pytest.raises(KeyError, match="must be a key of `obs`; received 'none'"):
+            ScreenDataModule(path, **KEYS, obs=obs, **keys)
+    with pytest.raises(ValueError, match="in the order of the files; received their names in another order"):
+        ScreenDataModule(path, **KEYS, obs=obs.iloc[::-1])
+    short = obs.set_axis([str(i) for i in range(N_CELLS)])
+    assert list(ScreenDataModule(path, perturbation_obsm_key="dose", obs=short).obs.index) == list(short.index)
     with pytest.raises(ValueError, match="must have a row for every cell of the files; received 59 rows for 60 cells"):
         ScreenDataModule(path, **KEYS, obs=obs.iloc[1:])
 
@@ -154,11 +161,38 @@ def test_files_that_are_no_screen_are_refused(tmp_path):
     (tmp_path / "text.csv").write_text("a,b")
     with pytest.raises(ValueError, match="neither: write it with"):
         ScreenDataModule(tmp_path / "text.csv", **KEYS)
+    for name in ("empty.zarr", "other.h5ad"):
+        if name.endswith("zarr"):
+            (tmp_path / name).mkdir()
+        else:
+            h5py.File(tmp_path / name, "w").close()
+        with pytest.raises(ValueError, match="must hold `obs`, `var` and the expression as AnnData writes them"):
+            ScreenDataModule(tmp_path / name, **KEYS)
+    path = stored(tmp_path, cells(), name="once")
+    with pytest.raises(ValueError, match="named once; received 'once.zarr' again"):
+        ScreenDataModule([path, path], **KEYS)
     with pytest.raises(ValueError, match="at least one file; received none"):
         ScreenDataModule([], **KEYS)
     paths = [stored(tmp_path, cells(), name="a"), stored(tmp_path, other_genes(cells(1)), name="b")]
     with pytest.raises(ValueError, match="same genes in the same order; received other genes .*in file 2"):
         ScreenDataModule(paths, **KEYS)
+
+
+def test_a_store_that_lacks_parts_is_refused(tmp_path):
+    path = stored(tmp_path, cells())
+    chunk = next(p for p in (path / "X" / "data").rglob("*") if p.is_file() and not p.name.startswith((".z", "zarr")))
+    chunk.unlink()
+    with pytest.raises(ValueError, match="reads lacking ones as zeros; received .* 0 of 1 chunks of `data`"):
+        ScreenDataModule(path, **KEYS)
+
+
+def test_categories_of_other_types_are_texts(tmp_path):
+    first, second = cells(0), cells(1)
+    second.obs["batch"] = pd.Categorical(np.arange(N_CELLS) % 2)
+    screen = ScreenDataModule(
+        [stored(tmp_path, first, name="a"), stored(tmp_path, second, name="b")], **KEYS, batch_key="batch"
+    )
+    assert set(screen.obs["batch"]) == {"x0", "y", "0", "1"}
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="annbatch may be installed")

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from lightning.pytorch import Callback
 
-from scvi_cradle import SAMSVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE
+from scvi_cradle import SAMSVAE, CradleVAE, PerturbedVAE, QuantileHurdleAE, metrics
 from scvi_cradle.data import _setup
 from scvi_cradle.dataloaders import ScreenDataModule
 from scvi_cradle.model import _quality
@@ -211,6 +211,141 @@ def test_values_that_are_no_counts_never_train(path, tmp_path, shared_screen, mo
         model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
     assert all((a == b).all() for a, b in zip(before, model.module.parameters(), strict=True))
     assert not model.is_trained_
+
+
+def two_files(folder, shared_screen, change):
+    """The same cells in two files, the second changed."""
+    paths = []
+    for i, rows in enumerate((slice(0, 250), slice(250, 400))):
+        adata = shared_screen[rows].copy()
+        if i:
+            change(adata)
+        paths.append(folder / f"{i}.zarr")
+        adata.write_zarr(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("int32", "float64"), ("float32", "uint16")])
+def test_files_may_hold_their_counts_in_other_types(path, shared_screen, tmp_path, dtypes):
+    screen = shared_screen.copy()
+    screen.X = screen.X.astype(dtypes[0])
+    paths = two_files(tmp_path, screen, lambda adata: setattr(adata, "X", adata.X.astype(dtypes[1])))
+    found = []
+    for files in (path, paths):
+        screen = ScreenDataModule(
+            files, perturbation_key="perturbation", artifact_key="artifact", obs=shared_screen.obs, split_key="split"
+        )
+        model = CradleVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+        model._attach(screen)
+        model._learn_from_training_cells(screen.split[0])
+        found.append(model.references_)
+    np.testing.assert_array_equal(found[0]["data"], found[1]["data"])
+    np.testing.assert_array_equal(found[0]["indices"], found[1]["indices"])
+
+
+def test_what_files_say_of_their_columns_must_be_the_same(shared_screen, tmp_path):
+    screen = shared_screen.copy()
+    doses = screen.obs["perturbation"].astype(str)
+    names = ["G01", "G02", "G03", "G04"]
+    screen.obsm["dose"] = sp.csr_matrix(np.stack([doses.str.contains(t) for t in names], axis=1).astype(float))
+    screen.uns["dose_names"] = names
+    paths = two_files(tmp_path, screen, lambda adata: adata.uns.update({"dose_names": names[::-1]}))
+    with pytest.raises(ValueError, match="`uns.'dose_names'.` must be the same in all files"):
+        ScreenDataModule(paths, perturbation_obsm_key="dose")
+    paths = two_files(tmp_path, shared_screen, lambda adata: adata.uns["qc_label"].update({"n_mads": 1.0}))
+    with pytest.warns(UserWarning, match="different QC thresholds"):
+        screen = ScreenDataModule(paths, perturbation_key="perturbation", artifact_key="artifact")
+    assert "qc_label" not in screen.manager.adata.uns
+
+
+def test_the_frame_of_a_screen_is_never_taken_for_cells_without_counts(path, with_seed):
+    screen = ScreenDataModule(path, perturbation_key="perturbation")
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    with with_seed(0):
+        model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    for use in (
+        lambda: model.get_latent_representation(model.adata[:10]),
+        lambda: model.get_elbo(model.adata.copy()),
+        lambda: metrics.average_treatment_effects(model.adata, "perturbation"),
+        lambda: SAMSVAE.setup_anndata(model.adata.copy(), perturbation_key="perturbation"),
+    ):
+        with pytest.raises(ValueError, match="counts of these cells are on disk and not in this AnnData"):
+            use()
+    chosen = [30, 1, 7, 200, 100, 5, 399, 12]
+    cells = screen.to_memory(chosen)
+    np.testing.assert_allclose(
+        model.get_latent_representation(cells), model.get_latent_representation()[chosen], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_screen_keeps_its_own_codes_when_a_model_asks_about_it(path, shared_screen, tmp_path):
+    other = shared_screen.copy()
+    other.obs["perturbation"] = other.obs["perturbation"].astype(str).replace({"G02": "A00"})
+    other.write_zarr(tmp_path / "other.zarr")
+    small = shared_screen[~shared_screen.obs["perturbation"].astype(str).str.contains("G02")].copy()
+    small.write_zarr(tmp_path / "small.zarr")
+    wide = ScreenDataModule(path, perturbation_key="perturbation", split_key="split")
+    model = SAMSVAE(registry=wide.registry, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1, datamodule=wide, enable_progress_bar=False)
+    narrow = ScreenDataModule(tmp_path / "small.zarr", perturbation_key="perturbation", split_key="split")
+    labels = narrow.registry["field_registries"]["perturbation"]["state_registry"]["labels"]
+    model.get_latent_representation(narrow)
+    codes = np.concatenate([b["perturbation"].numpy().ravel() for b in narrow.train_dataloader()])
+    names, numbers = np.unique(np.array(labels)[codes.astype(int)], return_counts=True)
+    expected = small.obs.loc[small.obs["split"] == "train", "perturbation"].value_counts()
+    assert dict(zip(names, numbers, strict=True)) == {k: v for k, v in expected.items() if v}
+    with pytest.raises(ValueError, match="did you mean|must be a known treatment|received"):
+        model.get_latent_representation(ScreenDataModule(tmp_path / "other.zarr", perturbation_key="perturbation"))
+
+
+def test_queries_are_checked_as_they_are_read(path, shared_screen, tmp_path):
+    screen = ScreenDataModule(path, perturbation_key="perturbation", split_key="split")
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1, datamodule=screen, enable_progress_bar=False)
+    bad = shared_screen.copy()
+    counts = bad.X.toarray()
+    counts[399, 0] = np.nan
+    bad.X = sp.csr_matrix(counts)
+    bad.layers["half"] = sp.csr_matrix(np.nan_to_num(counts) / 2)
+    bad.write_zarr(tmp_path / "bad.zarr")
+    bad.obs["split"] = np.where(np.arange(400) == 399, "val", "train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_setup, "N_CHECKED", 8)
+        query = ScreenDataModule(tmp_path / "bad.zarr", perturbation_key="perturbation", obs=bad.obs, split_key="split")
+        flawed = SAMSVAE(registry=query.registry, n_latent=3, n_hidden=8)
+    for use in (
+        lambda: model.get_latent_representation(query),
+        lambda: flawed.train(max_epochs=1, datamodule=query, enable_progress_bar=False),  # a validation cell
+    ):
+        with pytest.raises(ValueError, match="The screen on disk must hold raw counts; received NaN"):
+            use()
+    half = ScreenDataModule(tmp_path / "bad.zarr", perturbation_key="perturbation", layer="half")
+    with pytest.raises(ValueError, match="opened with the layer of the model; received layer='half'"):
+        model.get_latent_representation(half)
+    unlabelled = ScreenDataModule(path, perturbation_key="batch", control="batch_1")
+    with pytest.raises(KeyError, match="without 'perturbation': pass `perturbation_key`"):
+        model.get_latent_representation(unlabelled)
+
+
+def test_a_model_is_loaded_with_a_screen_and_goes_on_with_another(path, tmp_path):
+    screens = [ScreenDataModule(path, perturbation_key="perturbation", split_key="split") for _ in range(2)]
+    model = SAMSVAE(registry=screens[0].registry, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1, datamodule=screens[0], enable_progress_bar=False)
+    model.save(tmp_path / "model")
+    loaded = SAMSVAE.load(tmp_path / "model", adata=screens[0])
+    np.testing.assert_allclose(
+        loaded.get_latent_representation(), model.get_latent_representation(), rtol=1e-5, atol=1e-6
+    )
+    assert loaded.get_diagnostics() == model.diagnostics_
+    loaded.train(max_epochs=1, datamodule=screens[1], enable_progress_bar=False)
+    assert loaded.adata is screens[1].manager.adata
+
+
+def test_early_stopping_needs_validation_cells(path):
+    screen = ScreenDataModule(path, perturbation_key="perturbation", train_size=1.0)
+    model = SAMSVAE(registry=screen.registry, n_latent=3, n_hidden=8)
+    with pytest.raises(ValueError, match="`early_stopping` needs validation cells"):
+        model.train(max_epochs=1, datamodule=screen, early_stopping=True)
 
 
 def test_screens_that_a_model_cannot_use_are_refused(path, shared_screen):

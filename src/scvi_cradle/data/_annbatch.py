@@ -16,10 +16,10 @@ from scvi_cradle.data._stored import StoredMatrix
 
 def can_read(matrix: StoredMatrix) -> bool:
     """Return whether annbatch is installed and reads all parts of a matrix."""
-    return find_spec("annbatch") is not None and all(
-        isinstance(part, zarr.Array) or (isinstance(part, CSRDataset) and isinstance(part.group, zarr.Group))
-        for part in matrix.parts
-    )
+    if find_spec("annbatch") is None:
+        return False
+    sparse = [isinstance(part, CSRDataset) and isinstance(part.group, zarr.Group) for part in matrix.parts]
+    return all(sparse) or all(isinstance(part, zarr.Array) for part in matrix.parts)
 
 
 def read_groups(matrix: StoredMatrix, groups: list[np.ndarray]) -> Iterator[sp.csr_matrix]:
@@ -42,4 +42,4 @@ def read_groups(matrix: StoredMatrix, groups: list[np.ndarray]) -> Iterator[sp.c
 
     loader = Loader(batch_sampler=Groups(), return_index=False).add_datasets(matrix.parts)
     for batch in loader:
-        yield sp.csr_matrix(batch["X"])
+        yield matrix.checked(sp.csr_matrix(batch["X"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,6 +50,8 @@ class BlockLoader:
         ``"anndata"``: what AnnData reads, by a thread; ``"annbatch"``: annbatch's reader of zarr stores.
     rank, n_ranks
         Which process of how many this is; each reads its part of the chunks, all have the same number of batches.
+    epoch
+        Returns the number of the epoch, on which the order of several processes depends, since they do not draw alike.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class BlockLoader:
         engine: str = "anndata",
         rank: int = 0,
         n_ranks: int = 1,
+        epoch: Callable[[], int] = int,
     ) -> None:
         matrix = stored_matrix(manager)
         assert matrix is not None
@@ -74,7 +77,7 @@ class BlockLoader:
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.chunk_size, self.n_chunks = chunk_size, n_chunks
         self.engine, self.rank, self.n_ranks = engine, rank, n_ranks
-        self.epoch = 0
+        self.epoch = epoch
 
     def __len__(self) -> int:
         n_cells = len(self.indices) / self.n_ranks
@@ -83,7 +86,6 @@ class BlockLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of batches; the order comes from torch's generator, of several processes from scvi's seed."""
         rng = np.random.default_rng(self._seed()) if self.shuffle else None
-        self.epoch += 1
         n_left = len(self)
         rest: Block | None = None
         for positions, rows in self._blocks(rng):
@@ -100,7 +102,7 @@ class BlockLoader:
             yield self._batch(*rest, np.arange(len(rest[0])))
 
     def _seed(self) -> list[int]:
-        return [int(torch.randint(2**31 - 1, (1,)))] if self.n_ranks == 1 else [settings.seed or 0, self.epoch]
+        return [int(torch.randint(2**31 - 1, (1,)))] if self.n_ranks == 1 else [settings.seed or 0, self.epoch()]
 
     def _batch(self, positions: np.ndarray, rows: sp.csr_matrix, chosen: np.ndarray) -> dict[str, Tensor]:
         arrays = {REGISTRY_KEYS.X_KEY: dense(rows[chosen])} | self.columns[positions[chosen]]
@@ -185,5 +187,9 @@ class StoredSplitter(DataSplitter):
             "drop_last": self.drop_last and training,
             "rank": distributed.get_rank() if is_distributed else 0,
             "n_ranks": distributed.get_world_size() if is_distributed else 1,
+            "epoch": self._epoch,
             **self.reading,
         }
+
+    def _epoch(self) -> int:
+        return 0 if self.trainer is None else int(self.trainer.current_epoch)

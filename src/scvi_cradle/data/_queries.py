@@ -10,7 +10,7 @@ from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
 
-from scvi_cradle._constants import KEYS
+from scvi_cradle._constants import KEYS, ON_DISK_UNS_KEY
 from scvi_cradle._labels import canonical_labels
 from scvi_cradle._matrix import check_counts, check_finite, check_gives_rows, get_matrix
 from scvi_cradle._validation import as_flags, check_key, check_tables, near_matches, preview
@@ -82,8 +82,10 @@ def check_query(data: AnnData | MuData, registry: dict[str, Any]) -> list[str]:
         raise ValueError(msg)
     layer = x_registry["data_registry"]["attr_key"]
     check = check_counts if holds_counts(x_registry["state_registry"]) else check_finite
-    check_gives_rows(get_matrix(adata, layer), "adata.X" if layer is None else f"adata.layers[{layer!r}]")
-    check(get_matrix(adata, layer), "`X`" if layer is None else f"`layers[{layer!r}]`")
+    if ON_DISK_UNS_KEY not in adata.uns:  # else values are checked as they are read
+        matrix = get_matrix(adata, layer)
+        check_gives_rows(matrix, "adata.X" if layer is None else f"adata.layers[{layer!r}]")
+        check(matrix, "`X`" if layer is None else f"`layers[{layer!r}]`")
     state = registries[KEYS.PERTURBATION]["state_registry"]
     categories: list[str] = []
     if state["from_dosage"]:

@@ -242,12 +242,13 @@ def check_setup(adata: AnnData, a: SetupArguments, matrix: Any = None) -> bool:
     _check_covariates(adata, a)
     labels = _check_labels(adata, a)
     flags = _check_flags(adata, a)
-    matrix = get_matrix(adata, a.layer) if matrix is None else matrix
+    is_stored, matrix = matrix is not None, get_matrix(adata, a.layer) if matrix is None else matrix
     where = "`X`" if a.layer is None else f"`layers[{a.layer!r}]`"
     check_gives_rows(matrix, "adata.X" if a.layer is None else f"adata.layers[{a.layer!r}]")
     check_values(matrix, where, counts=a.count_only, non_negative=a.non_negative)
     is_counts = a.count_only or counts_problem(matrix) is None
-    empty = int((row_sums(matrix) == 0).sum()) if is_counts else 0
+    # of counts on disk this is said when they are trained on
+    empty = int((row_sums(matrix) == 0).sum()) if is_counts and not is_stored else 0
     if empty:
         _warn(
             f"{empty} cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets.",

@@ -27,7 +27,7 @@ class RowSpill:
         self.data, self.indices = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.positions = [np.zeros(0, dtype=np.int64)]
         self.lengths = [np.zeros(1, dtype=np.int64)]
-        self.dtype = np.dtype(np.float32)
+        self.dtype: np.dtype | None = None  # that all blocks have in common; the file holds double precision
 
     def __enter__(self) -> Self:
         return self
@@ -47,8 +47,8 @@ class RowSpill:
         if self.wanted is not None:
             chosen = np.isin(rows, self.wanted)
             rows, block = rows[chosen], block[chosen]
-        self.dtype = block.dtype
-        block.data.tofile(self.data)
+        self.dtype = block.dtype if self.dtype is None else np.result_type(self.dtype, block.dtype)
+        block.data.astype(np.float64).tofile(self.data)
         block.indices.astype(np.int32).tofile(self.indices)
         self.positions.append(rows)
         self.lengths.append(np.diff(block.indptr))
@@ -64,9 +64,11 @@ class RowSpill:
         places = np.searchsorted(positions, rows)
         starts, lengths = ends[places], ends[places + 1] - ends[places]
         indptr = np.concatenate([[0], np.cumsum(lengths)])
-        data, indices = np.empty(indptr[-1], dtype=self.dtype), np.empty(indptr[-1], dtype=np.int32)
+        data, indices = np.empty(indptr[-1]), np.empty(indptr[-1], dtype=np.int32)
         for file, out in ((self.data, data), (self.indices, indices)):
             for start, first, end in zip(starts, indptr[:-1], indptr[1:], strict=True):
                 file.seek(start * out.itemsize)
                 out[first:end] = np.fromfile(file, out.dtype, end - first)
-        return sp.csr_matrix((data, indices, indptr), shape=(len(rows), self.n_columns))
+        return sp.csr_matrix(
+            (data.astype(self.dtype or np.float32), indices, indptr), shape=(len(rows), self.n_columns)
+        )

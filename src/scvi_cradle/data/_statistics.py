@@ -38,6 +38,8 @@ class TrainingStatistics:
         Share of all counts that falls on each gene, shape ``(n_genes,)``.
     n_obs_per_treatment, n_obs_per_label
         Training cells with a non-zero dosage of each treatment, and of each label.
+    n_empty
+        Training cells without any count.
     n_failed, n_failed_per_label
         Training cells that failed QC.
     libraries
@@ -55,6 +57,7 @@ class TrainingStatistics:
     gene_share: np.ndarray
     n_obs_per_treatment: np.ndarray
     n_obs_per_label: np.ndarray
+    n_empty: int
     n_failed: int
     n_failed_per_label: np.ndarray
     libraries: dict[str, np.ndarray]
@@ -125,6 +128,7 @@ def training_statistics(
         gene_share=share,
         n_obs_per_treatment=_treatment_counts(manager, train_indices, codes, members, n_treatments),
         n_obs_per_label=np.bincount(codes, minlength=n_labels),
+        n_empty=int((totals == 0).sum()),
         n_failed=int(failed.sum()),
         n_failed_per_label=np.bincount(codes[failed], minlength=n_labels),
         libraries=_libraries(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import h5py
@@ -27,17 +27,22 @@ class StoredMatrix:
     parts
         Matrices with a shape whose slices of rows are dense or sparse: those that
         :func:`anndata.io.sparse_dataset` opens, arrays of h5py and zarr, or anything of that form; all of one width.
+        Their values are read in their common type.
+    check
+        What values have to pass whenever they are read, as a function of a block and its name.
     """
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Any], check: Callable[[sp.csr_matrix, str], None] | None = None) -> None:
+        self.parts, self.check = list(parts), check
         self.starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self.shape = (int(self.starts[-1]), int(parts[0].shape[1]))
+        self.dtype = np.result_type(*(part.dtype for part in parts))
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the values."""
-        return np.dtype(self.parts[0].dtype)
+    def checked(self, block: sp.csr_matrix) -> sp.csr_matrix:
+        """Return a block that was read, in the common type; an error if its values must not be."""
+        if self.check is not None:
+            self.check(block, "The screen on disk")
+        return block.astype(self.dtype, copy=False)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -68,7 +73,7 @@ class StoredMatrix:
                 blocks.append(to_csr(part[int(a - first) : int(b - first)]))
         if not blocks:
             return sp.csr_matrix((0, self.shape[1]), dtype=self.dtype)
-        return sp.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
+        return self.checked(sp.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0])
 
 
 class StoredCells(Dataset):

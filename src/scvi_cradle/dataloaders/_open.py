@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import zarr
 from anndata.io import read_elem, sparse_dataset
 from pandas.api.types import union_categoricals
 
+from scvi_cradle._constants import QC_UNS_KEY
 from scvi_cradle._validation import check_key, preview
 
 
@@ -66,8 +68,15 @@ def open_file(
     if not is_hdf5 and not path.is_dir():
         msg = f"A screen must be an `.h5ad` file or a `.zarr` store; received {path.name!r}, which is neither: write it with `adata.write_h5ad` or `adata.write_zarr`."
         raise ValueError(msg)
-    root: Any = h5py.File(path, "r") if is_hdf5 else zarr.open_group(path, mode="r")
     where = path.name
+    try:
+        root: Any = h5py.File(path, "r") if is_hdf5 else zarr.open_group(path, mode="r")
+    except FileNotFoundError:  # a folder that is no group
+        root = {}
+    name = "X" if layer is None else "layers"
+    if any(part not in root for part in ("obs", "var", name)) or "column-order" not in root["obs"].attrs:
+        msg = f"A screen must hold `obs`, `var` and the expression as AnnData writes them; received {where!r} without: write it with `adata.write_h5ad` or `adata.write_zarr`."
+        raise ValueError(msg)
     obs = root["obs"]
     for key in obs_keys:
         check_key(dict.fromkeys(obs.attrs["column-order"]), key, f"{where}/obs", "a column of the screen")
@@ -93,7 +102,14 @@ def _expression(root: Any, layer: str | None, where: str) -> Any:
     if encoding == "csc_matrix":
         msg = f"A screen on disk must be stored by cells (CSR or dense), since cells are read; received CSC in {where!r}: write it anew with `adata.X = adata.X.tocsr()`."
         raise ValueError(msg)
-    return sparse_dataset(x) if encoding == "csr_matrix" else x
+    if encoding != "csr_matrix":
+        return x
+    for part in ("data", "indices"):
+        array = x[part]
+        if isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks:
+            msg = f"All parts of a store must be there, as zarr reads lacking ones as zeros; received {where!r} with {array.nchunks_initialized} of {array.nchunks} chunks of `{part}`: copy or write it anew."
+            raise ValueError(msg)
+    return sparse_dataset(x)
 
 
 def concat_obs(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -104,10 +120,45 @@ def concat_obs(frames: list[pd.DataFrame]) -> pd.DataFrame:
     for key in frames[0]:
         parts = [frame[key] for frame in frames]
         if all(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
+            if len({part.cat.categories.dtype for part in parts}) > 1:
+                parts = [part.cat.rename_categories(part.cat.categories.astype(str)) for part in parts]
             columns[key] = union_categoricals(parts, ignore_order=True, sort_categories=True)
         else:
             columns[key] = pd.concat(parts).array
     return pd.DataFrame(columns, index=frames[0].index.append([frame.index for frame in frames[1:]]))
+
+
+def common_notes(files: list[StoredFile]) -> dict[str, Any]:
+    """Return the entries of ``uns`` that all files have in common.
+
+    Raises
+    ------
+    ValueError
+        If names of columns, or targets of guides, are not the same in all files.
+    """
+    notes = dict(files[0].uns)
+    for key in list(notes):
+        if all(key in file.uns and _same(file.uns[key], notes[key]) for file in files):
+            continue
+        if key != QC_UNS_KEY:
+            msg = f"`uns[{key!r}]` must be the same in all files of a screen; received others: give the files common columns in one order."
+            raise ValueError(msg)
+        warnings.warn(
+            "The files of the screen were labelled with different QC thresholds: none are kept for `qc_pass_rate`.",
+            UserWarning,
+            stacklevel=4,
+        )
+        del notes[key]
+    return notes
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether two entries of ``uns`` are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, pd.DataFrame) or isinstance(b, pd.DataFrame):
+        return isinstance(a, pd.DataFrame) and a.equals(b)
+    return bool(np.array_equal(np.asarray(a, dtype=object), np.asarray(b, dtype=object)))
 
 
 def concat_rows(parts: list[Any], key: str) -> Any:

@@ -11,10 +11,11 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from lightning.pytorch import LightningDataModule
-from scvi import settings
+from scvi import REGISTRY_KEYS, settings
 
-from scvi_cradle._constants import QC_UNS_KEY
-from scvi_cradle._validation import check_one_of, check_positive
+from scvi_cradle._constants import ON_DISK_UNS_KEY, QC_UNS_KEY
+from scvi_cradle._matrix import check_counts, check_finite
+from scvi_cradle._validation import check_key, check_one_of, check_positive, preview
 from scvi_cradle.data import (
     SetupArguments,
     StoredManager,
@@ -22,9 +23,10 @@ from scvi_cradle.data import (
     StoredSplitter,
     build_manager,
     can_read,
+    holds_counts,
     split_indices,
 )
-from scvi_cradle.dataloaders._open import StoredFile, check_same_genes, concat_obs, concat_rows, open_file
+from scvi_cradle.dataloaders._open import StoredFile, check_same_genes, common_notes, concat_obs, concat_rows, open_file
 
 SETUP_METHOD = "setup_anndata"
 
@@ -71,8 +73,7 @@ class ScreenDataModule(LightningDataModule):
         If a file, column or layer is not there.
     ValueError
         For files of another kind or with other genes, for expression stored by columns, and for everything that
-        ``setup_anndata`` refuses. The values of all training cells are checked when a model is trained, before its first
-        step.
+        ``setup_anndata`` refuses. Values are checked as they are read, those of all training cells before the first step.
 
     Examples
     --------
@@ -142,12 +143,12 @@ class ScreenDataModule(LightningDataModule):
         check_same_genes(files)
         self.matrix = StoredMatrix([file.x for file in files])
         self.reading = {"chunk_size": chunk_size, "n_chunks": n_chunks, "engine": _engine(engine, self.matrix)}
-        obs = concat_obs([file.obs for file in files]) if obs is None else obs[[key for key in names if key in obs]]
-        if len(obs) != self.n_obs:
-            msg = f"`obs` must have a row for every cell of the files; received {len(obs)} rows for {self.n_obs} cells."
-            raise ValueError(msg)
-        self._cells = _frame(files, obs, self.matrix.shape, layer)
+        stored = concat_obs([file.obs for file in files])
+        self._cells = _frame(
+            files, stored if obs is None else _given(obs, stored.index, names), self.matrix.shape, layer
+        )
         self.manager = self._register(arguments, self._setup_method_args(None))
+        self.matrix.check = check_counts if self._is_counts(self.registry) else check_finite
         self.split_key, self._sizes = split_key, (train_size, validation_size, shuffle_set_split)
         self._split: list[np.ndarray] | None = None
 
@@ -176,8 +177,19 @@ class ScreenDataModule(LightningDataModule):
         Raises
         ------
         KeyError, ValueError
-            As for a query in memory.
+            As for a query in memory, and if the screen was opened without the columns or with another layer.
         """
+        name, asked = registry["model_name"], registry["setup_args"]
+        if asked["layer"] != self._setup_args["layer"]:
+            msg = f"A screen must be opened with the layer of the model; received layer={self._setup_args['layer']!r} for {name} with layer={asked['layer']!r}."
+            raise ValueError(msg)
+        for argument, key in SetupArguments.from_call(name, asked).obs_keys.items():
+            if key not in self._cells.obs:
+                msg = f"A screen must be opened with the columns of the model; received one without {key!r}: pass `{argument.partition('[')[0]}` to `ScreenDataModule`."
+                raise KeyError(msg)
+        if self._is_counts(registry) and not self._is_counts(self.registry):
+            msg = f"{name} was trained on raw counts; the screen holds other values: name the layer with the counts."
+            raise ValueError(msg)
         arguments = SetupArguments.from_call(registry["model_name"], registry["setup_args"], **checks)
         return self._register(arguments, {k: registry[k] for k in self._setup_method_args(None)}, registry)
 
@@ -185,6 +197,10 @@ class ScreenDataModule(LightningDataModule):
     def registry(self) -> dict[str, Any]:
         """The registry that a model is built from, as in ``Model(registry=screen.registry)``."""
         return dict(self.manager.registry)
+
+    @staticmethod
+    def _is_counts(registry: dict[str, Any]) -> bool:
+        return holds_counts(registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"])
 
     @property
     def n_obs(self) -> int:
@@ -199,7 +215,18 @@ class ScreenDataModule(LightningDataModule):
     @property
     def obs(self) -> pd.DataFrame:
         """The columns of the cells that were read."""
-        return self._cells.obs
+        return self._cells.obs[[key for key in self._cells.obs if not str(key).startswith("_scvi_")]]
+
+    def to_memory(self, indices: Sequence[int] | np.ndarray | None = None) -> AnnData:
+        """Return cells with their expression as an AnnData.
+
+        Parameters
+        ----------
+        indices
+            Positions of the cells. Default: all.
+        """
+        rows = np.arange(self.n_obs) if indices is None else np.asarray(indices)
+        return AnnData(self.matrix[rows], obs=self.obs.iloc[rows].copy(), var=self._cells.var.copy())
 
     @property
     def split(self) -> list[np.ndarray]:
@@ -230,6 +257,7 @@ class ScreenDataModule(LightningDataModule):
         return self._splitter().val_dataloader()
 
     def _splitter(self) -> StoredSplitter:
+        self.manager.validate()  # a model may have registered the cells by its own labels
         splitter = StoredSplitter(
             self.manager,
             reading=self.reading,
@@ -240,12 +268,35 @@ class ScreenDataModule(LightningDataModule):
         return splitter
 
 
-def _listed(paths: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+def _listed(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    listed = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     if not listed:
         msg = "`paths` must name at least one file; received none."
         raise ValueError(msg)
+    twice = [p.name for p in listed if sum(p.resolve() == other.resolve() for other in listed) > 1]
+    if twice:
+        msg = f"Every file of a screen must be named once; received {preview(twice[:1])} again: leave it out."
+        raise ValueError(msg)
     return listed
+
+
+def _given(obs: pd.DataFrame, names: pd.Index, keys: list[str]) -> pd.DataFrame:
+    """Return columns of cells that were given in the place of those on disk.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If a column is lacking, or if the rows are not the cells of the files in their order.
+    """
+    if len(obs) != len(names):
+        msg = f"`obs` must have a row for every cell of the files; received {len(obs)} rows for {len(names)} cells."
+        raise ValueError(msg)
+    if not obs.index.equals(names) and obs.index.isin(names).any():
+        msg = "`obs` must have the cells in the order of the files; received their names in another order: reindex it with the names in the files."
+        raise ValueError(msg)
+    for key in keys:
+        check_key(obs, key, "obs", "a column of the screen")
+    return obs[keys]
 
 
 def _engine(engine: str, matrix: StoredMatrix) -> str:
@@ -265,6 +316,7 @@ def _frame(files: list[StoredFile], obs: pd.DataFrame, shape: tuple[int, int], l
     if layer is not None:
         cells.layers[layer] = empty
     for key in files[0].obsm:
-        cells.obsm[key] = concat_rows([file.obsm[key] for file in files], key)
-    cells.uns.update(files[0].uns)
+        matrix = concat_rows([file.obsm[key] for file in files], key)
+        cells.obsm[key] = matrix.set_axis(cells.obs_names) if isinstance(matrix, pd.DataFrame) else matrix
+    cells.uns.update(common_notes(files) | {ON_DISK_UNS_KEY: True})
     return cells

@@ -17,6 +17,7 @@ from scvi import REGISTRY_KEYS
 from scvi_cradle import presets
 from scvi_cradle._constants import KEYS
 from scvi_cradle._labels import LabelRule, LabelTable, label_members
+from scvi_cradle._matrix import check_in_memory
 from scvi_cradle._validation import near_matches, preview
 from scvi_cradle.baselines import MultivariateShrinkage
 from scvi_cradle.data import StoredManager, check_query, label_rule, label_table
@@ -230,6 +231,7 @@ class LabelledModel(ScreenModel):
         if getattr(data, "is_view", False):
             data = data.copy()
         if not self._is_registered(data):
+            check_in_memory(data)
             self._check_encoded(check_query(data, self.registry_))
         return super()._validate_anndata(data, copy_if_view=copy_if_view)
 
@@ -275,7 +277,9 @@ class LabelledModel(ScreenModel):
         super().save(str(dir_path), *args, save_anndata=save_anndata, **kwargs)
 
     @classmethod
-    def load(cls, dir_path: str, adata: AnnData | MuData | Literal[False] | None = None, **kwargs: Any) -> Self:
+    def load(
+        cls, dir_path: str, adata: AnnData | MuData | ScreenDataModule | Literal[False] | None = None, **kwargs: Any
+    ) -> Self:
         """Load a model that was saved with ``model.save(dir_path)``.
 
         **Loading runs pickles**: a model file can execute any code. Load only files that you trust.
@@ -285,7 +289,7 @@ class LabelledModel(ScreenModel):
         dir_path
             Folder of the saved model.
         adata
-            Data to attach, checked against those of training. ``False``: without data, which is enough to generate
+            Data (or a screen on disk) to attach, checked against those of training. ``False``: without data, which is enough to generate
             cells and effects. ``None``: the data saved with the model (``save(..., save_anndata=True)``), if any.
         **kwargs
             Further arguments of scvi-tools' ``load`` (``accelerator``, ``device``, ``prefix``, ...).
@@ -294,6 +298,10 @@ class LabelledModel(ScreenModel):
         -------
         The model; with the same seed it generates the same cells as the saved one.
         """
+        if isinstance(adata, ScreenDataModule):
+            model = super().load(dir_path, adata=False, **kwargs)
+            model._attach(adata)
+            return model
         return super().load(dir_path, adata=adata, **kwargs)
 
 

@@ -9,8 +9,9 @@ import torch
 from scvi import REGISTRY_KEYS, settings
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle.data import TrainingStatistics, check_values, holds_counts, training_statistics
+from scvi_cradle.data import StoredManager, TrainingStatistics, check_values, holds_counts, training_statistics
 from scvi_cradle.dataloaders import LabelledDataModule
+from scvi_cradle.model._base import warn
 from scvi_cradle.model._quality import QualityMixin
 
 
@@ -50,6 +51,10 @@ class LearningMixin(QualityMixin):
             collected=None if source is None else source.collected,
             seed=settings.seed or 0,
         )
+        if is_counts and statistics.n_empty and (source is not None or isinstance(self.adata_manager, StoredManager)):
+            warn(
+                f"{statistics.n_empty} training cells have no count at all; they are kept with a library size of 1: remove them if they are empty droplets."
+            )
         self._set_statistics(statistics, len(train_indices))
         self.module.set_labels(members)
         self.label_counts_ = {label: int(n) for label, n in zip(table.labels, statistics.n_obs_per_label, strict=True)}

@@ -11,7 +11,7 @@ from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import BaseModelClass
 
 from scvi_cradle._constants import KEYS
-from scvi_cradle.data import BlockLoader, SetupArguments, check_arguments, holds_counts, stored_matrix
+from scvi_cradle.data import BlockLoader, SetupArguments, StoredManager, check_arguments, holds_counts, stored_matrix
 from scvi_cradle.dataloaders import LabelledDataModule, ScreenDataModule
 
 WITHOUT_ARTIFACT = ("artifact_key", "artifact_keys", "guide_counts_key", "guide_targets", "cell_type_key")
@@ -64,7 +64,7 @@ class ScreenModel(BaseModelClass):
         if not isinstance(screen, ScreenDataModule):
             msg = f"`datamodule` must be a `ScreenDataModule` or `LabelledDataModule` of `scvi_cradle.dataloaders`; received {type(screen).__name__}."
             raise TypeError(msg)
-        if self.adata_manager is not None and stored_matrix(self.adata_manager) is not screen.matrix:
+        if self.adata_manager is not None and not isinstance(self.adata_manager, StoredManager):
             msg = f"`datamodule` is for models that are built from its registry; received one for a model with data of its own: build it with `{type(self).__name__}(registry=screen.registry)`."
             raise ValueError(msg)
         self._adata = self._validate_anndata(screen)

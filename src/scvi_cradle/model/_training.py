@@ -25,6 +25,7 @@ from scvi_cradle.train import PerturbationTrainingPlan, RunState, StepsRunner, n
 
 LOGGER = logging.getLogger("scvi_cradle")
 N_VALIDATIONS = 100
+SHOWN = ("enable_progress_bar", "simple_progress_bar", "progress_bar_refresh_rate", "enable_model_summary")
 PLAN_ARGUMENTS = (
     *("lr", "weight_decay", "lr_schedule", "effect_lr_scale"),
     *("n_epochs_kl_warmup", "n_epochs_align_warmup"),
@@ -177,8 +178,13 @@ class TrainingMixin(UnsupervisedTrainingMixin, LearningMixin):
         if cells.n_validation and (not early_stopping or processes > 1) and not kwargs.get("enable_checkpointing"):
             trainer["check_val_every_n_epoch"] = max(1, max_epochs // N_VALIDATIONS)
         if early_stopping:
+            if not cells.n_validation:
+                msg = "`early_stopping` needs validation cells; received a split without: leave some out of training."
+                raise ValueError(msg)
             kwargs = self._stopping_arguments(max_epochs) | kwargs
-        identity = self._run_identity(cells.arguments, plan, max_epochs, max_steps, objective, processes)
+        identity = self._run_identity(
+            cells.arguments, plan | (plan_kwargs or {}) | trainer | kwargs, max_epochs, max_steps, objective, processes
+        )
         run = RunState(identity, checkpoint_dir)
         kwargs = {"ckpt_path": run.resume_from()} | kwargs | {"callbacks": [*kwargs.get("callbacks", ()), run]}
         self.module.objective = objective
@@ -247,13 +253,17 @@ class TrainingMixin(UnsupervisedTrainingMixin, LearningMixin):
             n_train, n_validation, steps_per_epoch, {"batch_size": batch_size, "datasplitter_kwargs": given}
         )
 
-    def _run_identity(self, cells: dict[str, Any], plan: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    def _run_identity(self, cells: dict[str, Any], settings_: dict[str, Any], *arguments: Any) -> dict[str, Any]:
         """Return what must be the same where a run is taken up again; nothing for cells that come by."""
         if self.adata is None:
             return {}
         split = cells["datasplitter_kwargs"]["external_indexing"]
         hashed = sha256(b"".join(part.astype(np.int64).tobytes() for part in split))
-        plain = {k: v for k, v in plan.items() if isinstance(v, str | int | float | tuple | None)}
+        plain = {
+            k: v
+            for k, v in settings_.items()
+            if isinstance(v, str | int | float | tuple | None) and k not in ("ckpt_path", *SHOWN)
+        }
         return {
             "model": type(self).__name__,
             "cells": cells_hash(self.adata),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -44,7 +45,11 @@ class RunState(Callback):
         """
         if self.path is None or not self.path.is_file():
             return None
-        theirs = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)[KEY]["identity"]
+        try:
+            theirs = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)[KEY]["identity"]
+        except (RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+            msg = f"A run goes on from a checkpoint that it wrote; received {str(self.path)!r}, which is damaged or of another kind: name another folder as `checkpoint_dir`."
+            raise ValueError(msg) from error
         differs = [name for name in self.identity if self.identity[name] != theirs.get(name)]
         if differs:
             msg = f"A run goes on from a checkpoint of the same run; received {str(self.path)!r} with other {', '.join(differs)}: name another folder as `checkpoint_dir`."
@@ -52,7 +57,12 @@ class RunState(Callback):
         return str(self.path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set apart the random numbers of the processes, which a seed makes the same."""
+        """Check that the processes split the cells alike; set apart their random numbers, which a seed makes the same."""
+        if trainer.world_size > 1 and "split" in self.identity:
+            split = torch.tensor(int(self.identity["split"][:12], 16), device=trainer.strategy.root_device)
+            if len(trainer.strategy.all_gather(split).unique()) > 1:
+                msg = "All processes must have the same training and validation cells; received other ones in another process: set `scvi.settings.seed` before the split is drawn, or name a `split_key`."
+                raise ValueError(msg)
         if trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
