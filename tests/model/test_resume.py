@@ -43,6 +43,7 @@ def check_same(one, two):
 
 def test_a_killed_run_ends_as_if_it_had_not_been(script, tmp_path):
     epoch, batch = (int(v) for v in np.random.default_rng().integers((1, 0), (5, 4)))
+    print(f"killed at batch {batch} of epoch {epoch}")  # shown where the test fails
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "0", str(tmp_path / "killed"), str(epoch), str(batch)],
         capture_output=True,
