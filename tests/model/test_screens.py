@@ -176,6 +176,23 @@ def test_quantile_hurdle_autoencoder_trains_from_disk(path, with_seed):
     assert model.get_latent_representation(screen).shape == (screen.n_obs, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*guide.*:UserWarning")
+def test_the_perturbation_loop_reads_a_screen_into_memory(path, shared_screen):
+    keys = {"perturbation_key": "perturbation", "layer": "log", "guide_counts_key": "guide_counts"}
+    keys["guide_targets"] = "guide_targets"
+    screen = ScreenDataModule(path, **keys, split_key="split")
+    on_disk = QuantileHurdleAE(registry=screen.registry, n_latent=4, n_hidden=8)
+    adata = shared_screen.copy()
+    adata.layers["log"] = sp.csr_matrix(adata.X.log1p())
+    QuantileHurdleAE.setup_anndata(adata, **keys)
+    in_memory = QuantileHurdleAE(adata, n_latent=4, n_hidden=8)
+    for model, source in ((on_disk, {"datamodule": screen}), (in_memory, {"split_key": "split"})):
+        model.fit_perturbation_loop(n_outer=1, max_steps=2, progress=False, **source)
+    assert on_disk.get_perturbation_probability().shape == in_memory.get_perturbation_probability().shape
+    assert list(on_disk.screening_["target"]) == list(in_memory.screening_["target"])
+    assert len(on_disk.train_indices_) == len(in_memory.train_indices_)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"control_pairing": "fixed"}, {"control_pairing": "within:batch"}, {"control_cells": "partners"}]
 )

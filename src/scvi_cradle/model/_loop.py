@@ -20,6 +20,7 @@ from scvi_cradle._loop_settings import LoopSettings, loop_settings
 from scvi_cradle._loop_settings import plain as _plain
 from scvi_cradle._matrix import iter_blocks, row_sums, to_csr
 from scvi_cradle._validation import check_positive, preview
+from scvi_cradle.dataloaders import ScreenDataModule
 from scvi_cradle.model._base import cells_hash
 from scvi_cradle.model._categories import Screen, gene_tests, sampling_weights
 from scvi_cradle.model._loop_checkpoint import read_checkpoint, write_checkpoint
@@ -57,6 +58,7 @@ class PerturbationLoopMixin(LoopResultsMixin):
         min_gap: float | None = None,
         classifier: Mapping[str, Any] | None = None,
         progress: bool | None = None,
+        datamodule: ScreenDataModule | None = None,
         **train_kwargs: Any,
     ) -> None:
         """Train autoencoder and classifiers in turns; there is no ``train()`` before (quantile-hurdle paper, Algorithm 1).
@@ -117,6 +119,8 @@ class PerturbationLoopMixin(LoopResultsMixin):
             the discriminant uses ``n_folds``.
         progress
             Whether to show a bar. Default: while scvi-tools' verbosity shows messages.
+        datamodule
+            A screen on disk, whose cells become the model's own; the loop reads their values into memory.
         **train_kwargs
             Further arguments of ``train`` for the autoencoder (``batch_size``, ``lr``, ``accelerator``, ...), which is not
             validated in the loop.
@@ -150,8 +154,10 @@ class PerturbationLoopMixin(LoopResultsMixin):
             msg = f"`classifier` must hold settings of `ClassifierSettings`; received {preview(sorted(unknown))}: leave it out."
             raise TypeError(msg)
         ClassifierSettings(**chosen.classifier)  # checks them before anything is trained
+        if datamodule is not None:
+            self._attach(datamodule)
         self._validate_anndata(None)
-        split = self._loop_split(split_key, seed)
+        split = self._loop_split(split_key or getattr(datamodule, "split_key", None), seed)
         self._check_training_controls(split[0])
         screen = self._make_screen(split)
         self._check_loop(screen, chosen, train_kwargs)
