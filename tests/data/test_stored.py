@@ -136,6 +136,7 @@ def test_an_epoch_holds_every_cell_once_in_another_order_each_time(tmp_path):
     assert [len(batch) for batch in names(dropped, adata)] == [16] * 4 == [16] * len(dropped)
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")  # in scvi-tools' loader
 def test_batches_hold_what_scvi_tools_would_load(tmp_path):
     adata, backed = backed_screen(tmp_path)
     cells = np.array([1, 4, 30, 31, 32, 60, 88])

@@ -221,6 +221,7 @@ def test_the_registry_is_that_of_the_same_cells_in_memory(fake):
         np.testing.assert_equal(ours["field_registries"][key]["summary_stats"], entry["summary_stats"], err_msg=key)
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")  # in scvi-tools' loader
 def test_batches_are_those_of_an_anndata(fake):
     adata = cells()
     labelled = LabelledDataModule(fake(adata), artifact_key=FLAG)

@@ -237,8 +237,8 @@ def two_files(folder, shared_screen, change):
         adata = shared_screen[rows].copy()
         if i:
             change(adata)
-        paths.append(folder / f"{i}.zarr")
-        adata.write_zarr(paths[-1])
+        paths.append(folder / f"{i}.h5ad")
+        adata.write_h5ad(paths[-1])
     return paths
 
 

@@ -16,7 +16,7 @@ from scvi.dataloaders import DataSplitter
 from torch import Tensor, distributed
 
 from scvi_cradle.data._annbatch import read_groups
-from scvi_cradle.data._stored import StoredMatrix, columns_of, dense, stored_matrix
+from scvi_cradle.data._stored import StoredMatrix, columns_of, dense, stored_matrix, tensor_of
 
 CHUNK_SIZE, N_CHUNKS = 512, 32
 """Rows that are read at once, and number of such chunks whose cells are shuffled: those of annbatch."""
@@ -106,7 +106,7 @@ class BlockLoader:
 
     def _batch(self, positions: np.ndarray, rows: sp.csr_matrix, chosen: np.ndarray) -> dict[str, Tensor]:
         arrays = {REGISTRY_KEYS.X_KEY: dense(rows[chosen])} | self.columns[positions[chosen]]
-        return {key: torch.as_tensor(np.ascontiguousarray(values)) for key, values in arrays.items()}
+        return {key: tensor_of(values) for key, values in arrays.items()}
 
     def _blocks(self, rng: np.random.Generator | None) -> Iterator[Block]:
         """Yield what is held at once, read while the one before is in use."""

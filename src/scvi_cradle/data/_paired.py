@@ -17,7 +17,7 @@ from scvi_cradle._constants import KEYS, partner_key
 from scvi_cradle.data._blocks import BlockLoader, StoredSplitter
 from scvi_cradle.data._partners import Partners
 from scvi_cradle.data._statistics import column
-from scvi_cradle.data._stored import columns_of, dense
+from scvi_cradle.data._stored import columns_of, dense, tensor_of
 
 MAX_PARTNERS = 50_000
 PARTNER_KEYS = (
@@ -99,7 +99,7 @@ class PairedBlocks(BlockLoader):
         arrays = {REGISTRY_KEYS.X_KEY: dense(self.profiles[np.searchsorted(self.controls, partner)])}
         arrays |= self.of_controls[partner]
         return super()._batch(positions, rows, chosen) | {
-            partner_key(key): torch.as_tensor(values) for key, values in arrays.items()
+            partner_key(key): tensor_of(values) for key, values in arrays.items()
         }
 
 

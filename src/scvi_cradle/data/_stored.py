@@ -8,9 +8,11 @@ from typing import Any
 import h5py
 import numpy as np
 import scipy.sparse as sp
+import torch
 from anndata.abc import CSCDataset, CSRDataset
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from scvi_cradle._matrix import to_csr
@@ -136,6 +138,11 @@ def columns_of(manager: AnnDataManager, keys: Sequence[str] | None = None) -> An
 def dense(block: sp.csr_matrix) -> np.ndarray:
     """Return rows as the dense array that a module takes."""
     return block.astype(np.float32).toarray()
+
+
+def tensor_of(values: np.ndarray) -> Tensor:
+    """Return an array as a tensor; one that cannot be written to is copied."""
+    return torch.from_numpy(np.require(values, requirements=("C", "W")))
 
 
 def stored_matrix(manager: AnnDataManager) -> StoredMatrix | None:
