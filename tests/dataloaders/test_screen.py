@@ -217,6 +217,6 @@ def test_annbatch_reads_the_same_batches(tmp_path):
     for ours, theirs in zip(*epochs, strict=True):
         for key in ours:
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-    assert ScreenDataModule(paths, **KEYS).reading["engine"] == "annbatch"
+    assert ScreenDataModule(paths, **KEYS).reading["engine"] == "anndata"
     with pytest.raises(ValueError, match="zarr stores"):
         ScreenDataModule(stored(tmp_path, cells(), "h5ad"), **KEYS, engine="annbatch")

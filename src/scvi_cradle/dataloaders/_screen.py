@@ -65,7 +65,7 @@ class ScreenDataModule(LightningDataModule):
         Rows that are read at once, and number of chunks whose cells are shuffled; twice as many are held.
     engine
         What reads batches of training: ``"anndata"``, or ``"annbatch"`` (zarr stores, Python 3.12 and later,
-        ``pip install "scvi-cradle[streaming]"``). ``"auto"``: annbatch where it is installed and reads the files.
+        ``pip install "scvi-cradle[streaming]"``). The batches are the same.
 
     Raises
     ------
@@ -110,10 +110,10 @@ class ScreenDataModule(LightningDataModule):
         batch_size: int | None = None,
         chunk_size: int = 512,
         n_chunks: int = 32,
-        engine: Literal["auto", "anndata", "annbatch"] = "auto",
+        engine: Literal["anndata", "annbatch"] = "anndata",
     ) -> None:
         super().__init__()
-        check_one_of("engine", engine, ("auto", "anndata", "annbatch"))
+        check_one_of("engine", engine, ("anndata", "annbatch"))
         for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size), ("n_chunks", n_chunks)):
             if value is not None:
                 check_positive(name, value, integer=True)
@@ -304,8 +304,6 @@ def _engine(engine: str, matrix: StoredMatrix) -> str:
     if engine == "annbatch" and not can_read(matrix):
         msg = "engine='annbatch' needs annbatch (Python 3.12 and later) and zarr stores; received other files or no annbatch: `pip install 'scvi-cradle[streaming]'`, write the screen with `adata.write_zarr`, or leave `engine` out."
         raise ValueError(msg)
-    if engine == "auto":
-        return "annbatch" if can_read(matrix) else "anndata"
     return engine
 
 
